@@ -1,0 +1,93 @@
+"""Every rule on shapes and numbers, in one wording."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparke.errors import ArgumentError, ShapeError
+from sparke.protocols import Features
+
+__all__ = ["choice", "features", "finite", "pair", "positive", "rows_of", "shape"]
+
+
+def positive(name: str, value: float, *, zero: bool = False) -> float:
+    """`value` as a float, finite and above zero (or at least zero)."""
+    rule = "at least 0" if zero else "above 0"
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ArgumentError(f"{name} must be a number {rule}, got {value!r}.") from None
+    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+        raise ArgumentError(f"{name} must be finite and {rule}, got {value!r}.")
+    return number
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    """`value` if it is one of `allowed`."""
+    if value not in allowed:
+        raise ArgumentError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
+    return value
+
+
+def features(name: str, value: Features) -> Features:
+    """`value` if its rows are 2-D and its prompts match them."""
+    if value.x.ndim != 2:
+        raise ShapeError(
+            f"{name}.x must be (rows, width), got shape {tuple(value.x.shape)}. "
+            "Flatten each sample into one row first."
+        )
+    if value.cond is not None:
+        rows_of(f"{name}.cond", value.cond, value.x.shape[0])
+    return value
+
+
+def rows_of(name: str, value: Tensor, rows: int) -> Tensor:
+    """`value` if it is a (rows, width) matrix."""
+    if value.ndim != 2 or value.shape[0] != rows:
+        raise ShapeError(
+            f"{name} must be ({rows}, width), one row per sample; got shape {tuple(value.shape)}."
+        )
+    return value
+
+
+def pair(query: Features, bank: Features) -> None:
+    """Raise unless query and bank rows can be compared."""
+    features("query", query)
+    features("bank", bank)
+    if len(bank) and query.x.shape[1] != bank.x.shape[1]:
+        raise ShapeError(
+            f"query rows have width {query.x.shape[1]} and bank rows {bank.x.shape[1]}; both must "
+            "come from the same features of latents of the same size."
+        )
+    if (
+        len(bank)
+        and query.cond is not None
+        and bank.cond is not None
+        and query.cond.shape[1] != bank.cond.shape[1]
+    ):
+        raise ShapeError(
+            f"query prompts have width {query.cond.shape[1]} and bank prompts "
+            f"{bank.cond.shape[1]}; both must come from the same text encoder."
+        )
+
+
+def finite(name: str, value: Tensor) -> Tensor:
+    """`value` if it holds neither NaN nor infinity."""
+    good = torch.isfinite(value)
+    if not bool(good.all()):
+        row = int((~good).reshape(value.shape[0], -1).any(1).nonzero()[0])
+        raise ArgumentError(
+            f"{name} must be finite; row {row} of {value.shape[0]} holds NaN or infinity. "
+            "Drop that sample before handing it on."
+        )
+    return value
+
+
+def shape(name: str, value: Tensor, expected: tuple[int, ...]) -> Tensor:
+    """`value` if it has exactly the expected shape."""
+    if tuple(value.shape) != expected:
+        raise ShapeError(f"{name} must have shape {expected}, got {tuple(value.shape)}.")
+    return value

@@ -1,0 +1,406 @@
+"""Diversity guidance: a score, a memory and a schedule, as a displacement of `denoised`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparke import checks, scores
+from sparke.errors import (
+    ArgumentError,
+    GuidanceWarning,
+    MissingPrompts,
+    NonFiniteGuidance,
+    ShapeError,
+)
+from sparke.guidance import _pullback
+from sparke.kernels import normalize
+from sparke.memory import RingMemory
+from sparke.protocols import (
+    Calibrated,
+    Closed,
+    Crowded,
+    Features,
+    Fused,
+    Memory,
+    PromptWeighted,
+    Run,
+    Score,
+    Selection,
+    State,
+    Step,
+)
+from sparke.schedules import EveryNth, RemainingNoise, Schedule
+
+__all__ = ["DiversityGuider"]
+
+SCALE = 1.0
+LOWEST = 0.8
+"""Pushing stops below this sigma, in units of the data's standard deviation."""
+CFG_HIGHEST = 2.0
+"""Classifier-free guidance is off above this sigma, in the same units."""
+
+
+class DiversityGuider:
+    r"""Pushes each sample away from finished samples and from its batch mates.
+
+    At each evaluation of the denoiser, with D the denoised estimate,
+
+    $$D' = D + \text{scale} \cdot \sigma_{next} \cdot
+      \operatorname{clip}_1 \sum_{bank} a\, \frac{\nabla s(D)}{\|\nabla s(D)\|}$$
+
+    over two banks, memory and batch mates: s is the score, a in [0, 1) its crowding (where nothing
+    is near, nothing is pushed), and $\sigma_{next}$ the noise that will still be there to absorb
+    the push. Below ``0.8 sigma_data`` nothing is pushed. Where the host shows its classifier-free
+    guidance scale, it is held at 1 above ``2 sigma_data``: guidance extrapolates everybody to the
+    same estimate there, and repulsion has nothing to tell apart. The direction is SPARKE's
+    (arXiv 2506.10173), the interval is that of arXiv 2404.07724; the rest was chosen by
+    ``benchmarks/sweep.py``.
+
+    It does not preserve the model's distribution: it trades the likeliest picture for another. It
+    is a pure function of (x, sigma) between ``begin`` and ``finish``; memory is written once, by
+    ``finish``. One guider serves one run at a time.
+
+    Args:
+        score: a name, see ``sparke.scores()``, or a [Score][sparke.protocols.Score].
+        memory: where finished samples go; a new [RingMemory][sparke.memory.RingMemory] if None.
+        scale: length of the push in units of the schedule; 0 leaves the host bit-identical.
+        schedule: length of the push at a [Step][sparke.protocols.Step], in the host's units;
+            ``RemainingNoise(lo=0.8 * sigma_data)`` if None.
+        reads: what the score sees: ``"denoised"``; ``"conditional"``, the prediction before
+            classifier-free guidance (costs an evaluation where that is on); or ``"noisy"``, the
+            state itself against clean memory, as published.
+        direction: ``"unit"`` as above, or ``"raw"``: scale * schedule^2 * gradient.
+        gate: scale a unit direction by the score's crowding. Scores without one are not gated.
+        keep_residual: rescale x - D' to the length of x - D.
+        jacobian: take the gradient through the denoiser; one more evaluation and its backward.
+        sigma_data: standard deviation per dimension of one prompt's samples in the host's units;
+            the host's own figure (its attribute ``sigma_data``) if None, else 1.
+        in_batch: whether samples of one batch repel each other.
+        features: latents (b, ...) -> rows (b, d) to compare, differentiable; flattened latents if
+            None. Memory holds these rows.
+        cfg_interval: (lo, hi) outside which the host's guidance scale is held at 1; ``"auto"``:
+            (0, 2 sigma_data); None leaves it alone. Acts only while there is something to repel.
+        displaces: ``"denoised"``, or ``"latents"``: the next latents of an Euler step move by
+            scale * schedule times the norm of x, as published.
+        nonfinite: ``"warn"`` and go on unguided, or ``"raise"``.
+        **score_options: of the score, when it is given by name.
+
+    Raises:
+        ArgumentError: an option has a forbidden value; the batch is smaller than the score needs.
+        UnknownName: no such score.
+    """
+
+    def __init__(
+        self,
+        score: str | Score = "cond-rke",
+        memory: Memory | None = None,
+        *,
+        scale: float = SCALE,
+        schedule: Schedule | None = None,
+        reads: str = "denoised",
+        direction: str = "unit",
+        gate: bool = True,
+        keep_residual: bool = False,
+        jacobian: bool = False,
+        sigma_data: float | None = None,
+        in_batch: bool = True,
+        features: Callable[[Tensor], Tensor] | None = None,
+        cfg_interval: tuple[float, float] | str | None = "auto",
+        displaces: str = "denoised",
+        nonfinite: str = "warn",
+        **score_options: Any,
+    ) -> None:
+        self.score = scores.score(score, **score_options)
+        self.memory: Memory = RingMemory() if memory is None else memory
+        if not isinstance(self.memory, Memory):
+            raise ArgumentError(
+                f"memory={memory!r} is no Memory: it needs __len__, commit(items) and select(cond)."
+            )
+        self.scale = checks.positive("scale", scale, zero=True)
+        self.schedule = schedule
+        self.reads = checks.choice("reads", reads, ("denoised", "conditional", "noisy"))
+        self.direction = checks.choice("direction", direction, ("unit", "raw"))
+        self.displaces = checks.choice("displaces", displaces, ("denoised", "latents"))
+        self.nonfinite = checks.choice("nonfinite", nonfinite, ("warn", "raise"))
+        self.gate, self.keep_residual, self.jacobian = gate, keep_residual, jacobian
+        self.sigma_data = None if sigma_data is None else checks.positive("sigma_data", sigma_data)
+        self.in_batch, self.features = in_batch, features
+        self.cfg_interval = _interval(cfg_interval)
+        if jacobian and reads == "noisy":
+            raise ArgumentError("jacobian=True needs reads='denoised' or 'conditional'.")
+        self._reset()
+
+    @classmethod
+    def published(
+        cls,
+        score: str | Score = "cond-rke",
+        memory: Memory | None = None,
+        *,
+        eta: float = 0.03,
+        every: int = 10,
+        **score_options: Any,
+    ) -> DiversityGuider:
+        """SPARKE's update as its authors run it (arXiv 2506.10173), for comparison.
+
+        Noisy latents are compared with clean memory, both L2-normalised, with bandwidth 0.8; every
+        `every`-th step the latents move by `eta` times their norm. Guidance scales and mates are
+        left alone, as there.
+        """
+        options = {"bandwidth": 0.8, **score_options} if isinstance(score, str) else score_options
+        return cls(
+            score,
+            memory,
+            scale=eta,
+            schedule=EveryNth(every),
+            reads="noisy",
+            gate=False,
+            features=_unit_rows,
+            displaces="latents",
+            in_batch=False,
+            cfg_interval=None,
+            **options,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"DiversityGuider({self.score!r}, {self.memory!r}, scale={self.scale}, "
+            f"reads={self.reads!r}, in_batch={self.in_batch}, cfg_interval={self.cfg_interval!r})"
+        )
+
+    def begin(self, run: Run) -> None:
+        """Freeze memory's rows and prompt weights for one run; check what can be checked.
+
+        Raises:
+            MissingPrompts: the score compares prompts and there are none, here or in memory.
+            ShapeError: memory holds rows or prompts of another width.
+            ArgumentError: the batch is smaller than the score requires.
+        """
+        self._reset()
+        needs = self.score.requires
+        if needs.cond and run.cond is None:
+            raise MissingPrompts(
+                f"score {type(self.score).__name__} compares prompts and this run has none. Give "
+                "prompt_embeds=, one row per sample, or use an unconditional score such as 'rke'."
+            )
+        if run.shape[0] < needs.batch:
+            raise ArgumentError(
+                f"score {type(self.score).__name__} needs a batch of at least {needs.batch}, got "
+                f"{run.shape[0]}."
+            )
+        self._cond = run.cond
+        self._sigma_data = self.sigma_data or run.sigma_data or 1.0
+        self._strength = self.schedule or RemainingNoise(lo=LOWEST * self._sigma_data)
+        if self.scale == 0:
+            return
+        if len(self.memory):
+            self._bank = self._select(run)
+            if isinstance(self.score, Calibrated):
+                self._bank_score = self.score.calibrate(self._bank)
+        if self.in_batch and run.shape[0] > 1:
+            self._mates = self._mates_weight(run)
+
+    def __call__(self, state: State) -> Tensor:
+        """Displacement of ``state.denoised``, (b, ...) in its dtype; zeros when inactive.
+
+        Raises:
+            NonFiniteGuidance: it is not finite and `nonfinite` is ``"raise"``.
+        """
+        strength = self.scale * self._strength(state.step)
+        if strength == 0 or not self._active:
+            return torch.zeros_like(state.denoised)
+        delta = self._length(state, strength) * self._push(state, strength)
+        if self.keep_residual:
+            delta = _kept_residual(state, delta)
+        return self._checked(delta, state.step).to(state.denoised.dtype)
+
+    def finish(self, x: Tensor) -> None:
+        """Commit the finished samples, (b, ...), to memory; rows that are not finite are left out.
+
+        A guider of scale 0 keeps memory too: what was generated unguided is history as well.
+        """
+        cond, self._cond = self._cond, None
+        with torch.no_grad():
+            rows = self._rows(_pullback.working(x.detach()))
+        good = torch.isfinite(rows).all(1)
+        if not bool(good.all()):
+            warnings.warn(
+                f"{int((~good).sum())} of {len(rows)} finished samples are not finite; they are "
+                "not kept in memory.",
+                GuidanceWarning,
+                stacklevel=2,
+            )
+        kept = None if cond is None else cond[good]
+        self.memory.commit(Features(rows[good], kept))
+        self._reset()
+
+    def on_guidance_scale(self, step: Step, guidance_scale: float) -> float:
+        """1 outside `cfg_interval` while there is something to repel, else the scale given."""
+        if self.cfg_interval is None or not self._active:
+            return guidance_scale
+        if self.cfg_interval == "auto":
+            lo, hi = 0.0, CFG_HIGHEST * self._sigma_data
+        else:
+            lo, hi = self.cfg_interval
+        return guidance_scale if lo < step.sigma <= hi else 1.0
+
+    @property
+    def _active(self) -> bool:
+        return self._bank is not None or self._mates is not None
+
+    def _reset(self) -> None:
+        self._bank: Selection | None = None
+        self._bank_score = self.score
+        self._mates: Tensor | None = None
+        self._cond: Tensor | None = None
+        self._sigma_data = self.sigma_data or 1.0
+        self._strength: Schedule = self.schedule or RemainingNoise(lo=LOWEST * self._sigma_data)
+
+    def _select(self, run: Run) -> Selection:
+        by_prompt = isinstance(self.score, PromptWeighted)
+        bank = self.memory.select(
+            run.cond if by_prompt else None,
+            self.score.log_weight if isinstance(self.score, PromptWeighted) else None,
+        )
+        if bank.cond is not None and run.cond is None:
+            raise MissingPrompts(
+                "memory holds samples with prompts and this run has none. Give prompt_embeds=, or "
+                "use a memory of its own for runs without prompts."
+            )
+        if bank.cond is None:
+            self._cond = None
+        width = run.shape[1:].numel()
+        if self.features is None and bank.x.shape[1] != width:
+            raise ShapeError(
+                f"latents of shape {tuple(run.shape[1:])} have {width} numbers and memory holds "
+                f"rows of width {bank.x.shape[1]}. Latents of another size or model need their own "
+                "memory."
+            )
+        return Selection(bank.x.to(run.device), bank.cond, bank.log_weight)
+
+    def _mates_weight(self, run: Run) -> Tensor:
+        b = run.shape[0]
+        weight = torch.zeros(b, b, device=run.device)
+        if isinstance(self.score, PromptWeighted) and run.cond is not None:
+            weight = self.score.log_weight(run.cond, run.cond).to(weight)
+        return weight.fill_diagonal_(-torch.inf)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        rows = x.flatten(1) if self.features is None else self.features(x)
+        if rows.ndim != 2 or rows.shape[0] != x.shape[0]:
+            raise ShapeError(
+                f"features must return ({x.shape[0]}, width) rows, got {tuple(rows.shape)}."
+            )
+        return rows
+
+    def _push(self, state: State, strength: float) -> Tensor:
+        """(b, ...) sum over the banks, at most of length 1 when the direction is a unit one."""
+        query, pull = self._query(state)
+        total = query.x.new_zeros(())
+        for score, bank in self._sources(query):
+            gradient, crowding = self._direction(score, query, bank)
+            pulled = pull(gradient)
+            if self.direction == "raw":
+                total = total + strength * pulled
+                continue
+            unit = pulled / _norm(pulled).clamp_min(torch.finfo(pulled.dtype).tiny ** 0.5)
+            total = total + _rowwise(crowding, unit) * unit
+        if self.direction == "raw":
+            return total
+        return total / _norm(total).clamp_min(1.0)
+
+    def _query(self, state: State) -> tuple[Features, Callable[[Tensor], Tensor]]:
+        if self.jacobian:
+            base, host = state.x, state.evaluate
+            if host is None:
+                raise ArgumentError("jacobian=True needs a host that can be evaluated again.")
+        else:
+            base, host = self._read(state), None
+        if host is None and self.features is None:
+            base = _pullback.working(base.detach())
+            return Features(base.flatten(1), self._cond), lambda g: g.view_as(base)
+        rows, pull = _pullback.through(base, host, self._rows)
+        return Features(rows, self._cond), pull
+
+    def _read(self, state: State) -> Tensor:
+        if self.reads == "noisy":
+            return state.x
+        if self.reads == "conditional" and state.conditional is not None:
+            return state.conditional()
+        return state.denoised
+
+    def _sources(self, query: Features) -> list[tuple[Score, Selection]]:
+        sources: list[tuple[Score, Selection]] = []
+        if self._bank is not None:
+            sources.append((self._bank_score, self._bank))
+        if self._mates is not None:
+            mates = Selection(query.x, query.cond, self._mates.to(query.x), mates=True)
+            sources.append((self.score, mates))
+        return sources
+
+    def _direction(self, score: Score, query: Features, bank: Selection) -> tuple[Tensor, Tensor]:
+        if self.gate and isinstance(score, Fused):
+            return score.direction_and_crowding(query, bank)
+        if isinstance(score, Closed):
+            gradient = score.direction(query, bank)
+        else:
+            gradient = _pullback.gradient(score, query, bank)
+        gated = self.gate and isinstance(score, Crowded)
+        ones = gradient.new_ones(len(gradient))
+        return gradient, score.crowding(query, bank) if gated and isinstance(
+            score, Crowded
+        ) else ones
+
+    def _length(self, state: State, strength: float) -> Tensor | float:
+        if self.displaces == "denoised":
+            return strength
+        step = state.step
+        # An Euler step to sigma_next takes (1 - sigma_next/sigma) of a displacement of denoised.
+        gain = step.sigma / (step.sigma - step.sigma_next)
+        return strength * gain * _norm(_pullback.working(state.x))
+
+    def _checked(self, delta: Tensor, step: Step) -> Tensor:
+        good = torch.isfinite(delta.flatten(1)).all(1)
+        if bool(good.all()):
+            return delta
+        message = (
+            f"guidance is not finite at step {step.index} (sigma {step.sigma:.4g}) for "
+            f"{int((~good).sum())} of {len(good)} samples"
+        )
+        if self.nonfinite == "raise":
+            raise NonFiniteGuidance(f"{message}; nonfinite='warn' would go on unguided.")
+        warnings.warn(f"{message}; they go on unguided.", GuidanceWarning, stacklevel=3)
+        return torch.where(_rowwise(good, delta), delta, 0.0)
+
+
+def _interval(value: tuple[float, float] | str | None) -> tuple[float, float] | str | None:
+    if value is None or value == "auto":
+        return value
+    if isinstance(value, str) or len(value) != 2 or not 0 <= value[0] <= value[1]:
+        raise ArgumentError(
+            f"cfg_interval must be 'auto', None or (lo, hi) with 0 <= lo <= hi, got {value!r}."
+        )
+    return (float(value[0]), float(value[1]))
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    return normalize(x.flatten(1))
+
+
+def _norm(x: Tensor) -> Tensor:
+    """(b, ...) -> (b, 1, ...) length of each sample."""
+    return _rowwise(x.flatten(1).norm(dim=1), x)
+
+
+def _rowwise(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _kept_residual(state: State, delta: Tensor) -> Tensor:
+    residual = _pullback.working(state.x) - _pullback.working(state.denoised)
+    moved = residual - delta
+    return residual - moved * (_norm(residual) / _norm(moved).clamp_min(1e-12))

@@ -1,0 +1,288 @@
+"""The extension points of sparke and the values they exchange.
+
+Protocols are structural: an object with the right methods conforms, nobody inherits from sparke.
+This module imports torch and nothing of sparke.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Backend",
+    "Calibrated",
+    "Closed",
+    "ConditionHook",
+    "Crowded",
+    "Features",
+    "Fused",
+    "GuidanceScaleHook",
+    "Guider",
+    "Memory",
+    "ModelHook",
+    "NoiseHook",
+    "PromptWeighted",
+    "Requires",
+    "Run",
+    "Score",
+    "Selection",
+    "State",
+    "Step",
+    "Weigh",
+]
+
+Weigh = Callable[[Tensor, Tensor], Tensor]
+"""Prompt kernel: (b, c) query prompts, (n, c) row prompts -> (b, n) log weights, at most 0."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Rows to compare.
+
+    Attributes:
+        x: (n, d), one row a sample.
+        cond: (n, c) prompt embeddings, row i of `cond` belongs to row i of `x`; None if prompts
+            play no part.
+    """
+
+    x: Tensor
+    cond: Tensor | None = None
+
+    def __len__(self) -> int:
+        return int(self.x.shape[0])
+
+
+@dataclass(frozen=True)
+class Selection(Features):
+    """Rows of a bank, seen by b queries.
+
+    Attributes:
+        log_weight: (b, n), logarithm of each row's weight for each query, at most 0; ``-inf`` hides
+            a row from a query. None: every row counts in full, or by the score's prompt kernel
+            where it has one.
+        mates: the rows are the queries themselves, still being generated, row i hidden from
+            query i.
+    """
+
+    log_weight: Tensor | None = None
+    mates: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where in the noise schedule one evaluation of the denoiser stands.
+
+    `sigma` is noise standard deviation over signal scale (flow time t is sigma/(1+sigma)), so every
+    host speaks one unit. `index` is exact for samplers that evaluate once per step and approximate
+    for Heun, DPM-2 and churn, which is why schedules are functions of sigma.
+
+    Attributes:
+        index: number of schedule entries above `sigma`.
+        sigma: noise level of this evaluation.
+        sigma_next: the next lower level of the schedule; 0 at the end.
+        total: number of steps, None where the host does not fix it beforehand.
+    """
+
+    index: int
+    sigma: float
+    sigma_next: float
+    total: int | None = None
+
+
+@dataclass(frozen=True)
+class Requires:
+    """What a score needs, as data, checked before the first step.
+
+    Attributes:
+        cond: prompt embeddings.
+        batch: smallest number of samples generated together.
+    """
+
+    cond: bool = False
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known before the first evaluation of one sampler run.
+
+    Attributes:
+        shape: shape of the latents, batch first.
+        device: where they live.
+        dtype: their dtype.
+        cond: (b, c) prompt embeddings or None.
+        sigma_data: standard deviation per dimension of the host's data, None if the host does not
+            tell.
+    """
+
+    shape: torch.Size
+    device: torch.device
+    dtype: torch.dtype
+    cond: Tensor | None = None
+    sigma_data: float | None = None
+
+
+@dataclass(frozen=True)
+class State:
+    """One evaluation of the denoiser, as a guider sees it.
+
+    Attributes:
+        x: (b, ...) noisy latents the denoiser was called with.
+        denoised: (b, ...) its estimate of the clean latents, after classifier-free guidance.
+        step: where in the schedule.
+        cond: (b, c) prompt embeddings or None.
+        conditional: returns the prediction before classifier-free guidance, (b, ...), evaluating
+            the host once more where needed; None where the host does not show it.
+        evaluate: the denoiser as a differentiable function of x at this sigma; None where the host
+            does not allow a second evaluation.
+    """
+
+    x: Tensor
+    denoised: Tensor
+    step: Step
+    cond: Tensor | None = None
+    conditional: Callable[[], Tensor] | None = None
+    evaluate: Callable[[Tensor], Tensor] | None = None
+
+
+@runtime_checkable
+class Score(Protocol):
+    """How different each query is from a bank, larger is more different."""
+
+    @property
+    def requires(self) -> Requires:
+        """What the score needs; checked before the first step."""
+        ...
+
+    def __call__(self, query: Features, bank: Features) -> Tensor:
+        """(b,) values for b query rows against n bank rows; differentiable in ``query.x``."""
+        ...
+
+
+@runtime_checkable
+class Closed(Protocol):
+    """A score that knows its gradient in closed form."""
+
+    def direction(self, query: Features, bank: Features) -> Tensor:
+        """(b, d) gradient of the score in ``query.x``; must equal autograd's."""
+        ...
+
+
+@runtime_checkable
+class Crowded(Protocol):
+    """A score that can tell how crowded it is around a query."""
+
+    def crowding(self, query: Features, bank: Features) -> Tensor:
+        """(b,) in [0, 1): 0 when nothing in the bank is near; the push is scaled by it."""
+        ...
+
+
+@runtime_checkable
+class Fused(Protocol):
+    """A score that gets gradient and crowding from one reading of the bank."""
+
+    def direction_and_crowding(self, query: Features, bank: Features) -> tuple[Tensor, Tensor]:
+        """(b, d) and (b,), as [Closed][sparke.protocols.Closed] and Crowded give them."""
+        ...
+
+
+@runtime_checkable
+class Calibrated(Protocol):
+    """A score with constants to be read off the bank once per generation."""
+
+    def calibrate(self, bank: Features) -> Score:
+        """The same score with those constants fixed."""
+        ...
+
+
+@runtime_checkable
+class PromptWeighted(Protocol):
+    """A score that weighs rows by their prompts."""
+
+    def log_weight(self, query_cond: Tensor, bank_cond: Tensor) -> Tensor:
+        """(b, c), (n, c) -> (b, n) log weights, computed once per generation."""
+        ...
+
+
+@runtime_checkable
+class Memory(Protocol):
+    """Finished samples, kept."""
+
+    def __len__(self) -> int: ...
+
+    def commit(self, items: Features) -> None:
+        """Append finished samples."""
+        ...
+
+    def select(self, cond: Tensor | None = None, weigh: Weigh | None = None) -> Selection:
+        """The rows that matter for these prompts, detached, in float32, with log weights.
+
+        Called once per generation. `weigh` is the prompt kernel of the score that will read them;
+        without it, rows are weighted by `cond` with the memory's own kernel, or not at all when
+        `cond` is None.
+        """
+        ...
+
+
+@runtime_checkable
+class Guider(Protocol):
+    """Displaces `denoised`.
+
+    ``begin`` freezes what the guider knows, ``__call__`` is then a pure function of the state until
+    ``finish`` receives the finished samples. A run that fails never reaches ``finish``.
+    """
+
+    def begin(self, run: Run) -> None: ...
+
+    def __call__(self, state: State) -> Tensor:
+        """Displacement of ``state.denoised``, same shape; zeros when inactive."""
+        ...
+
+    def finish(self, x: Tensor) -> None: ...
+
+
+@runtime_checkable
+class GuidanceScaleHook(Protocol):
+    """Optional hook of a guider: choose the classifier-free guidance scale of an evaluation."""
+
+    def on_guidance_scale(self, step: Step, guidance_scale: float) -> float: ...
+
+
+@runtime_checkable
+class NoiseHook(Protocol):
+    """Optional hook of a guider: change the initial noise."""
+
+    def on_noise(self, x: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class ConditionHook(Protocol):
+    """Optional hook of a guider: change the prompt embeddings the denoiser sees at a step."""
+
+    def on_condition(self, prompt_embeds: Tensor, step: Step) -> Tensor: ...
+
+
+@runtime_checkable
+class ModelHook(Protocol):
+    """Optional hook of a guider: hold the denoiser's blocks hooked while sampling runs."""
+
+    def on_model(self, model: Any) -> AbstractContextManager[None]: ...
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Brings a guider to one kind of host. A module with these two functions conforms."""
+
+    def accepts(self, target: object) -> bool:
+        """Whether this backend can wrap `target`."""
+        ...
+
+    def attach(self, target: Any, guider: Guider, **options: Any) -> Any:
+        """The wrapped target, of the target's own kind."""
+        ...

@@ -1,0 +1,63 @@
+"""Scores: how different a sample is from a bank. One file each, named like the score.
+
+`sparke.scores` is also callable: ``sparke.scores()`` lists the names that
+[score][sparke.scores.score] knows, plugins included.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+from sparke import _discover
+from sparke.errors import ArgumentError
+from sparke.protocols import Requires, Score
+from sparke.scores.cond_rke import CondRKE as CondRKE
+from sparke.scores.cond_vendi import CondVendi as CondVendi
+from sparke.scores.rke import RKE as RKE
+from sparke.scores.vendi import Vendi as Vendi
+
+__all__ = ["RKE", "CondRKE", "CondVendi", "Vendi", "names", "score"]
+
+
+def names() -> list[str]:
+    """Names of all scores, those of installed plugins (entry points ``sparke.scores``) included."""
+    return _discover.names(sys.modules[__name__])
+
+
+def score(name: str | Score, **options: Any) -> Score:
+    """A score by name; an object that is one already is returned as it is.
+
+    Args:
+        name: see [names][sparke.scores.names].
+        **options: the score's own, e.g. ``bandwidth=0.8``, ``kernel="cosine"``, ``order=2``.
+
+    Raises:
+        UnknownName: nobody registered the name; near matches are in the message.
+        ArgumentError: an option is unknown or has a forbidden value.
+    """
+    if isinstance(name, str):
+        built = _discover.build(sys.modules[__name__], "score", name, options)
+    elif options:
+        raise ArgumentError(
+            f"score is an object already, so the options {sorted(options)} have nowhere to go. "
+            "Set them where the object is made, or give the score by name."
+        )
+    else:
+        built = name
+    if not isinstance(built, Score) or not isinstance(built.requires, Requires):
+        raise ArgumentError(
+            f"score={name!r} is no Score: it needs __call__(query, bank) and a `requires` of type "
+            "sparke.Requires."
+        )
+    return built
+
+
+class _Callable(ModuleType):
+    def __call__(self) -> list[str]:
+        return names()
+
+
+# The public name `sparke.scores` is a folder and a function; one module object can be both.
+sys.modules[__name__].__class__ = _Callable

@@ -1,0 +1,144 @@
+"""What the kernel scores share: weights of rows, and sums of squared kernels in log form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from sparke import checks
+from sparke.errors import MissingPrompts
+from sparke.kernels import KERNELS, QuantileRule, cosine, normalize, squared_distances
+from sparke.protocols import Features, Selection
+
+Bandwidth: TypeAlias = float | Tensor | QuantileRule
+
+LOG2 = math.log(2)
+TINY = 1e-12
+"""Added to squared cosines so that rows at right angles keep a finite logarithm."""
+
+
+def check_bandwidth(name: str, value: Bandwidth) -> None:
+    """Raise unless `value` is a rule, a tensor of bandwidths or a positive number."""
+    if not isinstance(value, (QuantileRule, Tensor)):
+        checks.positive(name, value)
+
+
+def width_of(value: Bandwidth, query: Features, bank: Features) -> float | Tensor:
+    """A number, or (b, 1) numbers where the bandwidth is a rule or was read off per query."""
+    if isinstance(value, QuantileRule):
+        return value(query, bank)
+    return value.to(query.x) if isinstance(value, Tensor) else value
+
+
+def fixed(value: Bandwidth, bank: Features) -> Bandwidth:
+    """The bandwidth for these rows: a rule becomes (b, 1) numbers, b from the bank's weights."""
+    if not isinstance(value, QuantileRule):
+        return value
+    weight = bank.log_weight if isinstance(bank, Selection) else None
+    queries = 1 if weight is None else weight.shape[0]
+    return value(Features(bank.x.new_zeros(queries, bank.x.shape[1])), bank)
+
+
+def need_prompts(score: str, query: Features, bank: Features) -> None:
+    """Raise unless both sides carry prompts."""
+    for side, rows in (("query", query), ("bank", bank)):
+        if rows.cond is None and len(rows):
+            raise MissingPrompts(
+                f"score={score!r} compares prompts, but {side}.cond is None. Give prompt_embeds "
+                "(one row per sample), or use the unconditional score."
+            )
+
+
+def given_weight(query: Features, bank: Features) -> Tensor:
+    """(b, n) log weights the bank came with, or zeros."""
+    weight = bank.log_weight if isinstance(bank, Selection) else None
+    if weight is None:
+        return query.x.new_zeros(len(query), len(bank))
+    return weight.to(query.x)
+
+
+def check_selection(query: Features, bank: Features) -> None:
+    """Raise unless query and bank compare and the bank's weights are (b, n)."""
+    checks.pair(query, bank)
+    if isinstance(bank, Selection) and bank.log_weight is not None:
+        checks.shape("bank.log_weight", bank.log_weight, (len(query), len(bank)))
+
+
+@dataclass(frozen=True)
+class SquaredKernel:
+    r"""$-\log \sum_j w_j k(x_j, z)^2 / \sum_j w_j$, its gradient in z, and the crowding around z."""
+
+    kernel: str
+    bandwidth: Bandwidth
+
+    def __post_init__(self) -> None:
+        checks.choice("kernel", self.kernel, KERNELS)
+        check_bandwidth("bandwidth", self.bandwidth)
+
+    def value(self, query: Features, bank: Features, log_weight: Tensor) -> Tensor:
+        """(b,) scores; 0 where no row has weight."""
+        if not len(bank):
+            return query.x.sum(-1) * 0
+        terms, _ = self._terms(query, bank)
+        seen, weight = _seen(log_weight)
+        value = torch.logsumexp(weight, -1) - torch.logsumexp(terms + weight, -1)
+        return torch.where(seen.squeeze(-1), value, 0.0)
+
+    def pull(self, query: Features, bank: Features, log_weight: Tensor) -> tuple[Tensor, Tensor]:
+        r"""(b, d) gradient and (b,) crowding.
+
+        Attention whose keys and values are the same rows: for the Gaussian kernel
+        $\frac{2}{s^2}(z - \sum_j p_j x_j)$ with $p = softmax(\log k^2 + \log w)$. The crowding
+        is $2S/(1+2S)$ with $S = \sum_j w_j k_j^2$.
+        """
+        if not len(bank):
+            return torch.zeros_like(query.x), query.x.new_zeros(len(query))
+        terms, width = self._terms(query, bank)
+        seen, weight = _seen(log_weight)
+        rows = bank.x.to(query.x)
+        p = torch.softmax(terms + weight, -1)
+        if self.kernel == "cosine":
+            away = _away_by_angle(query.x, rows, p)
+        else:
+            away = (query.x - p @ rows) * (2 / width**2)
+        return torch.where(seen, away, 0.0), _crowding(terms, log_weight)
+
+    def crowding(self, query: Features, bank: Features, log_weight: Tensor) -> Tensor:
+        """(b,) the crowding alone."""
+        if not len(bank):
+            return query.x.new_zeros(len(query))
+        return _crowding(self._terms(query, bank)[0], log_weight)
+
+    def _terms(self, query: Features, bank: Features) -> tuple[Tensor, float | Tensor]:
+        """(b, n) logarithms of the squared kernel, and the bandwidth."""
+        rows = bank.x.to(query.x)
+        if self.kernel == "cosine":
+            return (cosine(query.x, rows).square() + TINY).log(), 1.0
+        width = width_of(self.bandwidth, query, bank)
+        return -squared_distances(query.x, rows) / width**2, width
+
+
+def _crowding(terms: Tensor, log_weight: Tensor) -> Tensor:
+    return torch.sigmoid(torch.logsumexp(terms + log_weight, -1) + LOG2)
+
+
+def _seen(log_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(b, 1) whether any row has weight, and weights without rows of nothing but -inf.
+
+    Replaced before, not after, the sums: -inf - -inf would poison the gradient too.
+    """
+    seen = log_weight.isfinite().any(-1, keepdim=True)
+    return seen, torch.where(seen, log_weight, 0.0)
+
+
+def _away_by_angle(query: Tensor, rows: Tensor, p: Tensor) -> Tensor:
+    unit_query, unit_rows = normalize(query), normalize(rows)
+    c = unit_query @ unit_rows.mT
+    g = p * c / (c.square() + TINY)
+    towards = g @ unit_rows - (g * c).sum(-1, keepdim=True) * unit_query
+    length = query.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(query.dtype).tiny ** 0.5)
+    return -2 * towards / length

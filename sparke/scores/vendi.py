@@ -1,0 +1,81 @@
+"""The Vendi score, without prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from sparke import checks
+from sparke.entropy import check_order, entropy
+from sparke.kernels import QuantileRule
+from sparke.protocols import Features, Requires
+from sparke.scores import _kernel, _spectral
+
+__all__ = ["Vendi", "build"]
+
+
+@dataclass(frozen=True)
+class Vendi:
+    r"""Effective number of distinct samples in a bank with one sample added.
+
+    $$V_q(X \cup z) = \exp H_q\left(\tfrac{1}{n+1} K_{X \cup z}\right), \qquad
+      H_1 = -\sum_i \lambda_i \log \lambda_i$$
+
+    (arXiv 2210.02410; order q: arXiv 2310.12952) over the eigenvalues of the kernel matrix: 1 when
+    all samples are alike, n + 1 when all differ. Order 2 is RKE, order infinity looks at the
+    largest cluster only.
+
+    Each evaluation solves an (n+1) x (n+1) eigenproblem per query, O(n^3): at most `max_rows` rows,
+    the newest, are used. It is not linear in the memory, and it has no closed-form direction here
+    (autograd is used); for long histories use RKE.
+
+    Attributes:
+        kernel: ``"gaussian"`` or ``"cosine"``.
+        bandwidth: of the Gaussian kernel, or a rule.
+        order: q above 0, infinity included.
+        max_rows: rows of the bank used at most.
+
+    Raises:
+        ArgumentError: unknown kernel, bandwidth or order not above 0, max_rows below 1.
+    """
+
+    kernel: str = "gaussian"
+    bandwidth: _kernel.Bandwidth = QuantileRule()
+    order: float = 1.0
+    max_rows: int = 256
+
+    def __post_init__(self) -> None:
+        check_order(self.order)
+        checks.positive("max_rows", self.max_rows)
+        self._squared  # noqa: B018  raises on bad options now, not at the first step
+
+    @property
+    def requires(self) -> Requires:
+        """Nothing."""
+        return Requires()
+
+    def __call__(self, query: Features, bank: Features) -> Tensor:
+        """(b,) effective numbers, 1 for an empty bank."""
+        _kernel.check_selection(query, bank)
+        if not len(bank):
+            return query.x.sum(-1) * 0 + 1
+        bank = _spectral.newest(bank, self.max_rows)
+        k = _spectral.sample_kernels(query, bank, self.kernel, self.bandwidth)
+        return entropy(_spectral.over_seen(k, bank), self.order).exp()
+
+    def crowding(self, query: Features, bank: Features) -> Tensor:
+        r"""(b,) $2S/(1+2S)$, $S = \sum_i k(x_i, z)^2$, as [RKE][sparke.scores.rke.RKE]'s."""
+        _kernel.check_selection(query, bank)
+        return self._squared.crowding(query, bank, _kernel.given_weight(query, bank))
+
+    def calibrate(self, bank: Features) -> Vendi:
+        """The same score with a rule's bandwidth read off this bank."""
+        return replace(self, bandwidth=_kernel.fixed(self.bandwidth, bank))
+
+    @property
+    def _squared(self) -> _kernel.SquaredKernel:
+        return _kernel.SquaredKernel(self.kernel, self.bandwidth)
+
+
+build = Vendi
