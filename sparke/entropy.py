@@ -15,9 +15,13 @@ __all__ = ["check_order", "entropy"]
 
 def check_order(order: float) -> float:
     """`order` as a float above 0 (infinity included)."""
-    if not order > 0:
+    try:
+        number = float(order)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not number > 0:
         raise ArgumentError(f"order must be above 0 (1: Vendi, 2: RKE, inf: 1/max), got {order!r}.")
-    return float(order)
+    return number
 
 
 def entropy(k: Tensor, order: float = 1.0) -> Tensor:
@@ -33,7 +37,7 @@ def entropy(k: Tensor, order: float = 1.0) -> Tensor:
     """
     if check_order(order) == 2.0:
         return -torch.log(k.square().sum((-2, -1)))
-    value: Tensor = _Entropy.apply(k, float(order))  # type: ignore[no-untyped-call]
+    value: Tensor = _Entropy.apply(k, float(order))
     return value
 
 
@@ -48,13 +52,15 @@ class _Entropy(torch.autograd.Function):
         ctx.save_for_backward(values, vectors)
         real = torch.where(values > floor, values, 0.0)
         if order == 1.0:
-            return -torch.special.xlogy(real, values).sum(-1)
+            value: Tensor = -torch.special.xlogy(real, values).sum(-1)
+            return value
         if math.isinf(order):
             return -real.amax(-1).log()
-        return real.pow(order).sum(-1).log() / (1 - order)
+        value = real.pow(order).sum(-1).log()
+        return value / (1 - order)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         values, vectors = ctx.saved_tensors
         q = ctx.order
         if q == 1.0:
@@ -62,7 +68,7 @@ class _Entropy(torch.autograd.Function):
         elif math.isinf(q):
             # Tied leaders share the subgradient.
             top = values >= values.amax(-1, keepdim=True) * (1 - 1e-6)
-            slope = -top / (top.sum(-1, keepdim=True) * values.amax(-1, keepdim=True))
+            slope = top / (-top.sum(-1, keepdim=True) * values.amax(-1, keepdim=True))
         else:
             slope = q * values.pow(q - 1) / ((1 - q) * values.pow(q).sum(-1, keepdim=True))
         return grad[..., None, None] * ((vectors * slope[..., None, :]) @ vectors.mT), None

@@ -4,15 +4,15 @@ All kernels are normalised, k(u, u) = 1. The Gaussian kernel is
 
 $$k(u, v) = \exp\left(-\frac{\|u - v\|^2}{2 s^2}\right)$$
 
-with bandwidth s. Scores of order 2 (RKE, arXiv 2306.09650 as used in SPARKE, arXiv 2506.10173) square
-it: $k^2$ is again Gaussian, with bandwidth $s/\sqrt 2$. Every `bandwidth` in sparke is the s of the
-unsquared kernel, as published.
+with bandwidth s. Scores of order 2 (RKE, and SPARKE, arXiv 2506.10173) square it: $k^2$ is again
+Gaussian, with bandwidth $s/\sqrt 2$. Every `bandwidth` in sparke is the s of the unsquared kernel,
+as published.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,13 +41,15 @@ SAMPLED_ROWS = 256
 
 def normalize(x: Tensor) -> Tensor:
     """Rows of x, (n, d), scaled to unit length; zero rows stay zero."""
-    return x / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
+    length = x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
+    unit: Tensor = x / length
+    return unit
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """(n, d), (m, d) -> (n, m) squared Euclidean distances, at least 0, differentiable."""
     a2 = a.square().sum(-1, keepdim=True)
-    b2 = b.square().sum(-1)
+    b2 = torch.linalg.vector_norm(b, dim=-1).square()  # no temporary the size of the bank
     return torch.addmm(a2 + b2, a, b.mT, alpha=-2).clamp_min(0)
 
 
@@ -80,7 +82,8 @@ def prompt_log_weight(query_cond: Tensor, bank_cond: Tensor, bandwidth: float) -
     The published prompt kernel of SPARKE (arXiv 2506.10173): Gaussian on L2-normalised prompt
     embeddings, squared as the image kernel is.
     """
-    queries, rows = normalize(query_cond.float()), normalize(bank_cond.float())
+    dtype = torch.promote_types(query_cond.dtype, torch.float32)
+    queries, rows = normalize(query_cond.to(dtype)), normalize(bank_cond.to(dtype))
     return -squared_distances(queries, rows) / bandwidth**2
 
 
@@ -114,7 +117,8 @@ class QuantileRule:
     def __call__(self, query: Features, bank: Features) -> Tensor:
         """(b, 1) bandwidths, constant under differentiation."""
         with torch.no_grad():
-            x = query.x.detach()
+            dtype = torch.promote_types(query.x.dtype, torch.float32)
+            x, bank = query.x.detach().to(dtype), replace(bank, x=bank.x.detach().to(dtype))
             if isinstance(bank, Selection) and bank.mates:
                 scale = _mates_scale(x, bank, self.mates)
             else:
@@ -152,7 +156,9 @@ def _pairwise_quantile(x: Tensor, mask: Tensor, quantile: float) -> Tensor:
         # Too few of this prompt to tell a distance; the whole bank is the next best witness.
         rows = torch.arange(len(x), device=x.device)
     rows = rows[-SAMPLED_ROWS:]
-    if len(rows) < 2:
+    if len(rows) > 1:
+        scale: Tensor = torch.pdist(x[rows]).quantile(quantile)
+    else:
         # One row: independent rows of its length would be this far from it.
-        return x[rows[0]].norm() * math.sqrt(2)
-    return torch.pdist(x[rows]).quantile(quantile)
+        scale = x[rows[0]].norm() * math.sqrt(2)
+    return scale

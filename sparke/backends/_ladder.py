@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +18,7 @@ __all__ = ["Ladder", "of"]
 CLOSE = 1e-4
 """Relative distance below which two sigmas are the same rung."""
 ADAPTIVE_RATIO = 0.8
-"""sigma_next / sigma where the solver picks its own steps: a pure function of sigma, as those need."""
+"""sigma_next / sigma where the solver picks its own steps; it needs a pure function of sigma."""
 
 
 class Ladder:
@@ -72,7 +73,7 @@ def _checked(sigmas: Any) -> list[float]:
             f"{tuple(table.shape)}."
         )
     values = [float(v) for v in table.tolist()]
-    for i, (high, low) in enumerate(zip(values, values[1:], strict=False)):
+    for i, (high, low) in enumerate(itertools.pairwise(values)):
         if not (math.isfinite(high) and high > low >= 0):
             raise ArgumentError(
                 f"sigmas must descend strictly to 0 or above; entry {i} is {high:.6g} and entry "

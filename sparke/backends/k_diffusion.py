@@ -149,8 +149,9 @@ def _prompts_of(
     if source is None:
         # The host's own conditioning, where it is embeddings; anything else is left alone.
         cond = extra_args.get("cond")
-        usable = isinstance(cond, Tensor) and cond.is_floating_point() and cond.ndim in (2, 3)
-        if not usable or cond.shape[0] != x.shape[0]:
+        if not isinstance(cond, Tensor) or not cond.is_floating_point():
+            return None
+        if cond.ndim not in (2, 3) or cond.shape[0] != x.shape[0]:
             return None
         source = cond
     embeds = source(extra_args) if callable(source) else source

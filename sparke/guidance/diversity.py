@@ -10,24 +10,16 @@ import torch
 from torch import Tensor
 
 from sparke import checks, scores
-from sparke.errors import (
-    ArgumentError,
-    GuidanceWarning,
-    MissingPrompts,
-    NonFiniteGuidance,
-    ShapeError,
-)
-from sparke.guidance import _pullback
+from sparke.errors import ArgumentError, GuidanceWarning, NonFiniteGuidance, ShapeError
+from sparke.guidance import _banks, _vectors
 from sparke.kernels import normalize
 from sparke.memory import RingMemory
 from sparke.protocols import (
-    Calibrated,
     Closed,
     Crowded,
     Features,
     Fused,
     Memory,
-    PromptWeighted,
     Run,
     Score,
     Selection,
@@ -39,10 +31,8 @@ from sparke.schedules import EveryNth, RemainingNoise, Schedule
 __all__ = ["DiversityGuider"]
 
 SCALE = 1.0
-LOWEST = 0.8
-"""Pushing stops below this sigma, in units of the data's standard deviation."""
-CFG_HIGHEST = 2.0
-"""Classifier-free guidance is off above this sigma, in the same units."""
+HANDOVER = 2.0
+"""Sigma, in units of `sigma_data`, above which samples repel and below which the host guides."""
 
 
 class DiversityGuider:
@@ -105,7 +95,7 @@ class DiversityGuider:
         reads: str = "denoised",
         direction: str = "unit",
         gate: bool = True,
-        keep_residual: bool = False,
+        keep_residual: bool = True,
         jacobian: bool = False,
         sigma_data: float | None = None,
         in_batch: bool = True,
@@ -133,7 +123,9 @@ class DiversityGuider:
         self.cfg_interval = _interval(cfg_interval)
         if jacobian and reads == "noisy":
             raise ArgumentError("jacobian=True needs reads='denoised' or 'conditional'.")
-        self._reset()
+        self._banks: _banks.Banks | None = None
+        self._sigma_data = 1.0
+        self._strength: Schedule = RemainingNoise()
 
     @classmethod
     def published(
@@ -159,6 +151,7 @@ class DiversityGuider:
             schedule=EveryNth(every),
             reads="noisy",
             gate=False,
+            keep_residual=False,
             features=_unit_rows,
             displaces="latents",
             in_batch=False,
@@ -180,29 +173,13 @@ class DiversityGuider:
             ShapeError: memory holds rows or prompts of another width.
             ArgumentError: the batch is smaller than the score requires.
         """
-        self._reset()
-        needs = self.score.requires
-        if needs.cond and run.cond is None:
-            raise MissingPrompts(
-                f"score {type(self.score).__name__} compares prompts and this run has none. Give "
-                "prompt_embeds=, one row per sample, or use an unconditional score such as 'rke'."
-            )
-        if run.shape[0] < needs.batch:
-            raise ArgumentError(
-                f"score {type(self.score).__name__} needs a batch of at least {needs.batch}, got "
-                f"{run.shape[0]}."
-            )
-        self._cond = run.cond
+        self._banks = None
+        _banks.check(self.score, run)
         self._sigma_data = self.sigma_data or run.sigma_data or 1.0
-        self._strength = self.schedule or RemainingNoise(lo=LOWEST * self._sigma_data)
-        if self.scale == 0:
-            return
-        if len(self.memory):
-            self._bank = self._select(run)
-            if isinstance(self.score, Calibrated):
-                self._bank_score = self.score.calibrate(self._bank)
-        if self.in_batch and run.shape[0] > 1:
-            self._mates = self._mates_weight(run)
+        self._strength = self.schedule or RemainingNoise(HANDOVER * self._sigma_data, power=1)
+        self._banks = _banks.freeze(
+            self.score, self.memory, run, in_batch=self.in_batch, flat=self.features is None
+        )
 
     def __call__(self, state: State) -> Tensor:
         """Displacement of ``state.denoised``, (b, ...) in its dtype; zeros when inactive.
@@ -211,11 +188,11 @@ class DiversityGuider:
             NonFiniteGuidance: it is not finite and `nonfinite` is ``"raise"``.
         """
         strength = self.scale * self._strength(state.step)
-        if strength == 0 or not self._active:
+        if strength == 0 or not self._banks:
             return torch.zeros_like(state.denoised)
-        delta = self._length(state, strength) * self._push(state, strength)
+        delta = self._length(state, strength) * self._push(state, strength, self._banks)
         if self.keep_residual:
-            delta = _kept_residual(state, delta)
+            delta = _vectors.kept_residual(state.x, state.denoised, delta)
         return self._checked(delta, state.step).to(state.denoised.dtype)
 
     def finish(self, x: Tensor) -> None:
@@ -223,9 +200,8 @@ class DiversityGuider:
 
         A guider of scale 0 keeps memory too: what was generated unguided is history as well.
         """
-        cond, self._cond = self._cond, None
         with torch.no_grad():
-            rows = self._rows(_pullback.working(x.detach()))
+            rows = self._rows(_vectors.working(x.detach()))
         good = torch.isfinite(rows).all(1)
         if not bool(good.all()):
             warnings.warn(
@@ -234,60 +210,19 @@ class DiversityGuider:
                 GuidanceWarning,
                 stacklevel=2,
             )
-        kept = None if cond is None else cond[good]
-        self.memory.commit(Features(rows[good], kept))
-        self._reset()
+        cond = None if self._banks is None else self._banks.kept_cond
+        self.memory.commit(Features(rows[good], None if cond is None else cond[good]))
+        self._banks = None
 
     def on_guidance_scale(self, step: Step, guidance_scale: float) -> float:
         """1 outside `cfg_interval` while there is something to repel, else the scale given."""
-        if self.cfg_interval is None or not self._active:
+        if self.cfg_interval is None or self.scale == 0 or not self._banks:
             return guidance_scale
-        if self.cfg_interval == "auto":
-            lo, hi = 0.0, CFG_HIGHEST * self._sigma_data
+        if isinstance(self.cfg_interval, str):
+            lo, hi = 0.0, HANDOVER * self._sigma_data
         else:
             lo, hi = self.cfg_interval
         return guidance_scale if lo < step.sigma <= hi else 1.0
-
-    @property
-    def _active(self) -> bool:
-        return self._bank is not None or self._mates is not None
-
-    def _reset(self) -> None:
-        self._bank: Selection | None = None
-        self._bank_score = self.score
-        self._mates: Tensor | None = None
-        self._cond: Tensor | None = None
-        self._sigma_data = self.sigma_data or 1.0
-        self._strength: Schedule = self.schedule or RemainingNoise(lo=LOWEST * self._sigma_data)
-
-    def _select(self, run: Run) -> Selection:
-        by_prompt = isinstance(self.score, PromptWeighted)
-        bank = self.memory.select(
-            run.cond if by_prompt else None,
-            self.score.log_weight if isinstance(self.score, PromptWeighted) else None,
-        )
-        if bank.cond is not None and run.cond is None:
-            raise MissingPrompts(
-                "memory holds samples with prompts and this run has none. Give prompt_embeds=, or "
-                "use a memory of its own for runs without prompts."
-            )
-        if bank.cond is None:
-            self._cond = None
-        width = run.shape[1:].numel()
-        if self.features is None and bank.x.shape[1] != width:
-            raise ShapeError(
-                f"latents of shape {tuple(run.shape[1:])} have {width} numbers and memory holds "
-                f"rows of width {bank.x.shape[1]}. Latents of another size or model need their own "
-                "memory."
-            )
-        return Selection(bank.x.to(run.device), bank.cond, bank.log_weight)
-
-    def _mates_weight(self, run: Run) -> Tensor:
-        b = run.shape[0]
-        weight = torch.zeros(b, b, device=run.device)
-        if isinstance(self.score, PromptWeighted) and run.cond is not None:
-            weight = self.score.log_weight(run.cond, run.cond).to(weight)
-        return weight.fill_diagonal_(-torch.inf)
 
     def _rows(self, x: Tensor) -> Tensor:
         rows = x.flatten(1) if self.features is None else self.features(x)
@@ -297,34 +232,33 @@ class DiversityGuider:
             )
         return rows
 
-    def _push(self, state: State, strength: float) -> Tensor:
+    def _push(self, state: State, strength: float, banks: _banks.Banks) -> Tensor:
         """(b, ...) sum over the banks, at most of length 1 when the direction is a unit one."""
-        query, pull = self._query(state)
-        total = query.x.new_zeros(())
-        for score, bank in self._sources(query):
+        rows, pull = self._query(state)
+        query = Features(rows, banks.cond)
+        total = rows.new_zeros(())
+        for score, bank in banks.sources(rows):
             gradient, crowding = self._direction(score, query, bank)
             pulled = pull(gradient)
             if self.direction == "raw":
                 total = total + strength * pulled
-                continue
-            unit = pulled / _norm(pulled).clamp_min(torch.finfo(pulled.dtype).tiny ** 0.5)
-            total = total + _rowwise(crowding, unit) * unit
+            else:
+                total = total + _vectors.rowwise(crowding, pulled) * _vectors.unit(pulled)
         if self.direction == "raw":
             return total
-        return total / _norm(total).clamp_min(1.0)
+        return total / _vectors.norm(total).clamp_min(1.0)
 
-    def _query(self, state: State) -> tuple[Features, Callable[[Tensor], Tensor]]:
+    def _query(self, state: State) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """(b, d) rows the score compares, and the way back from their gradient to latents."""
         if self.jacobian:
-            base, host = state.x, state.evaluate
-            if host is None:
+            if state.evaluate is None:
                 raise ArgumentError("jacobian=True needs a host that can be evaluated again.")
-        else:
-            base, host = self._read(state), None
-        if host is None and self.features is None:
-            base = _pullback.working(base.detach())
-            return Features(base.flatten(1), self._cond), lambda g: g.view_as(base)
-        rows, pull = _pullback.through(base, host, self._rows)
-        return Features(rows, self._cond), pull
+            return _vectors.through(state.x, state.evaluate, self._rows)
+        base = self._read(state)
+        if self.features is not None:
+            return _vectors.through(base, None, self._rows)
+        base = _vectors.working(base.detach())
+        return base.flatten(1), lambda gradient: gradient.view_as(base)
 
     def _read(self, state: State) -> Tensor:
         if self.reads == "noisy":
@@ -333,27 +267,16 @@ class DiversityGuider:
             return state.conditional()
         return state.denoised
 
-    def _sources(self, query: Features) -> list[tuple[Score, Selection]]:
-        sources: list[tuple[Score, Selection]] = []
-        if self._bank is not None:
-            sources.append((self._bank_score, self._bank))
-        if self._mates is not None:
-            mates = Selection(query.x, query.cond, self._mates.to(query.x), mates=True)
-            sources.append((self.score, mates))
-        return sources
-
     def _direction(self, score: Score, query: Features, bank: Selection) -> tuple[Tensor, Tensor]:
         if self.gate and isinstance(score, Fused):
             return score.direction_and_crowding(query, bank)
         if isinstance(score, Closed):
             gradient = score.direction(query, bank)
         else:
-            gradient = _pullback.gradient(score, query, bank)
-        gated = self.gate and isinstance(score, Crowded)
-        ones = gradient.new_ones(len(gradient))
-        return gradient, score.crowding(query, bank) if gated and isinstance(
-            score, Crowded
-        ) else ones
+            gradient = _vectors.gradient(score, query, bank)
+        if self.gate and isinstance(score, Crowded):
+            return gradient, score.crowding(query, bank)
+        return gradient, gradient.new_ones(len(gradient))
 
     def _length(self, state: State, strength: float) -> Tensor | float:
         if self.displaces == "denoised":
@@ -361,7 +284,7 @@ class DiversityGuider:
         step = state.step
         # An Euler step to sigma_next takes (1 - sigma_next/sigma) of a displacement of denoised.
         gain = step.sigma / (step.sigma - step.sigma_next)
-        return strength * gain * _norm(_pullback.working(state.x))
+        return strength * gain * _vectors.norm(_vectors.working(state.x))
 
     def _checked(self, delta: Tensor, step: Step) -> Tensor:
         good = torch.isfinite(delta.flatten(1)).all(1)
@@ -374,7 +297,7 @@ class DiversityGuider:
         if self.nonfinite == "raise":
             raise NonFiniteGuidance(f"{message}; nonfinite='warn' would go on unguided.")
         warnings.warn(f"{message}; they go on unguided.", GuidanceWarning, stacklevel=3)
-        return torch.where(_rowwise(good, delta), delta, 0.0)
+        return torch.where(_vectors.rowwise(good, delta), delta, 0.0)
 
 
 def _interval(value: tuple[float, float] | str | None) -> tuple[float, float] | str | None:
@@ -389,18 +312,3 @@ def _interval(value: tuple[float, float] | str | None) -> tuple[float, float] | 
 
 def _unit_rows(x: Tensor) -> Tensor:
     return normalize(x.flatten(1))
-
-
-def _norm(x: Tensor) -> Tensor:
-    """(b, ...) -> (b, 1, ...) length of each sample."""
-    return _rowwise(x.flatten(1).norm(dim=1), x)
-
-
-def _rowwise(values: Tensor, like: Tensor) -> Tensor:
-    return values.reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _kept_residual(state: State, delta: Tensor) -> Tensor:
-    residual = _pullback.working(state.x) - _pullback.working(state.denoised)
-    moved = residual - delta
-    return residual - moved * (_norm(residual) / _norm(moved).clamp_min(1e-12))

@@ -1,4 +1,4 @@
-"""Memory files: safetensors, replaced as a whole or not at all, checked before they are believed."""
+"""Memory files: safetensors, replaced whole or not at all, checked before they are believed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from sparke.errors import MemoryFileError
 
 FORMAT = "sparke-memory"
 VERSION = "1"
+DTYPES = {"x": ("F32", "F16", "BF16"), "cond": ("F32",)}
 
 
 def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], meta: dict[str, str]) -> None:
@@ -34,10 +35,10 @@ def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], meta: dict[s
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        Path(temporary).replace(target)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            Path(temporary).unlink()
         if isinstance(error, OSError):
             raise MemoryFileError(f"cannot write {target}: {error}") from error
         raise
@@ -60,6 +61,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
             # Shapes come from the header alone: nothing is allocated for a file that lies.
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
             _check_shapes(target, shapes)
+            _check_dtypes(target, {name: file.get_slice(name).get_dtype() for name in names})
             tensors = {name: file.get_tensor(name) for name in sorted(names)}
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, MemoryFileError):
@@ -68,8 +70,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
             f"{target} is not a readable safetensors file, or it is damaged: {error}"
         ) from error
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            raise MemoryFileError(f"{target} is damaged: {name!r} holds no finite numbers.")
+        if not bool(torch.isfinite(tensor).all()):
+            raise MemoryFileError(f"{target} is damaged: {name!r} holds NaN or infinity.")
     return tensors, meta
 
 
@@ -86,6 +88,14 @@ def _check(target: Path, meta: dict[str, str], names: set[str]) -> None:
         )
     if not names <= {"x", "cond"} or ("cond" in names and "x" not in names):
         raise MemoryFileError(f"{target} holds {sorted(names)}, expected 'x' and perhaps 'cond'.")
+
+
+def _check_dtypes(target: Path, dtypes: dict[str, str]) -> None:
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES[name]:
+            raise MemoryFileError(
+                f"{target}: {name!r} is of dtype {dtype}, expected {' or '.join(DTYPES[name])}."
+            )
 
 
 def _check_shapes(target: Path, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -172,16 +172,25 @@ class RingMemory:
         """
         tensors, meta = _file.read(path)
         x = tensors.get("x")
-        try:
-            kept = int(meta["capacity"]) if capacity is None else capacity
-        except (KeyError, ValueError) as error:
-            raise MemoryFileError(
-                f"{path} is damaged: its header tells no capacity ({error})."
-            ) from error
-        stored = torch.float32 if x is None else x.dtype
-        memory = cls(kept, dtype or stored, device)
+        rows = 0 if x is None else len(x)
+        kept = capacity
+        if kept is None:
+            told = meta.get("capacity", "")
+            if not told.isdecimal() or len(told) > 18 or int(told) < max(rows, 1):
+                raise MemoryFileError(
+                    f"{path} is damaged: it holds {rows} rows and its header tells a capacity of "
+                    f"{told!r}. Give capacity= to load the rows all the same."
+                )
+            kept = int(told)
+        memory = cls(kept, dtype or (torch.float32 if x is None else x.dtype), device)
         if x is not None:
-            memory.commit(Features(x, tensors.get("cond")))
+            try:
+                memory.commit(Features(x, tensors.get("cond")))
+            except (RuntimeError, OverflowError, TypeError) as error:  # torch's, out of memory
+                raise MemoryFileError(
+                    f"{path} asks for a capacity of {kept} rows of width {x.shape[1]}, and there "
+                    f"is no room for them: {error}. Give a smaller capacity=."
+                ) from error
         return memory
 
     def _in_order(self, ring: Tensor) -> Tensor:
@@ -206,14 +215,14 @@ class RingMemory:
                     f"and these come {'without' if cond is None else 'with'}. Keep them apart, in "
                     "two memories."
                 )
-            if cond is not None and self._cond is not None:
-                if cond.shape[1] != self._cond.shape[1]:
-                    raise ShapeError(
-                        f"items.cond has width {cond.shape[1]}, this memory holds prompts of "
-                        f"width {self._cond.shape[1]}. One memory serves one text encoder."
-                    )
+            kept = self._cond
+            if cond is not None and kept is not None and cond.shape[1] != kept.shape[1]:
+                raise ShapeError(
+                    f"items.cond has width {cond.shape[1]}, this memory holds prompts of width "
+                    f"{kept.shape[1]}. One memory serves one text encoder."
+                )
         checks.finite("items.x", x)
         checks.finite(f"items.x stored as {self.dtype}", x.to(self.dtype))
         if cond is not None:
-            checks.finite("items.cond", cond)
+            checks.finite("items.cond", cond.float())
         return x, cond

@@ -70,7 +70,7 @@ def check_selection(query: Features, bank: Features) -> None:
 
 @dataclass(frozen=True)
 class SquaredKernel:
-    r"""$-\log \sum_j w_j k(x_j, z)^2 / \sum_j w_j$, its gradient in z, and the crowding around z."""
+    r"""$-\log \sum_j w_j k(x_j, z)^2 / \sum_j w_j$, its gradient in z, and the crowding at z."""
 
     kernel: str
     bandwidth: Bandwidth
@@ -107,6 +107,10 @@ class SquaredKernel:
             away = (query.x - p @ rows) * (2 / width**2)
         return torch.where(seen, away, 0.0), _crowding(terms, log_weight)
 
+    def width(self, query: Features, bank: Features) -> float | Tensor:
+        """The bandwidth; the cosine kernel has none and gets 1."""
+        return 1.0 if self.kernel == "cosine" else width_of(self.bandwidth, query, bank)
+
     def crowding(self, query: Features, bank: Features, log_weight: Tensor) -> Tensor:
         """(b,) the crowding alone."""
         if not len(bank):
@@ -116,9 +120,9 @@ class SquaredKernel:
     def _terms(self, query: Features, bank: Features) -> tuple[Tensor, float | Tensor]:
         """(b, n) logarithms of the squared kernel, and the bandwidth."""
         rows = bank.x.to(query.x)
+        width = self.width(query, bank)
         if self.kernel == "cosine":
-            return (cosine(query.x, rows).square() + TINY).log(), 1.0
-        width = width_of(self.bandwidth, query, bank)
+            return (cosine(query.x, rows).square() + TINY).log(), width
         return -squared_distances(query.x, rows) / width**2, width
 
 
@@ -141,4 +145,5 @@ def _away_by_angle(query: Tensor, rows: Tensor, p: Tensor) -> Tensor:
     g = p * c / (c.square() + TINY)
     towards = g @ unit_rows - (g * c).sum(-1, keepdim=True) * unit_query
     length = query.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(query.dtype).tiny ** 0.5)
-    return -2 * towards / length
+    away: Tensor = -2 * towards / length
+    return away

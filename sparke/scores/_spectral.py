@@ -2,28 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
+from sparke.errors import ArgumentError
 from sparke.kernels import gaussian, kernel_matrix, normalize
 from sparke.protocols import Features, Selection
-from sparke.scores import _kernel
+
+Width: TypeAlias = float | Tensor
 
 
-def newest(bank: Features, most: int) -> Features:
-    """At most `most` rows: those that weigh most to any query, the newest among equals."""
+def check_rows(most: int) -> None:
+    """Raise unless `most` is a whole number above 0."""
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise ArgumentError(f"max_rows must be a whole number above 0, got {most!r}.")
+
+
+def over_newest(
+    value: Callable[[Features, Features, Width], Tensor],
+    query: Features,
+    bank: Features,
+    width: Width,
+    most: int,
+) -> Tensor:
+    """(b,) values, each over the `most` rows that weigh most to it, the newest among equals."""
     if len(bank) <= most:
-        return bank
-    weight = bank.log_weight if isinstance(bank, Selection) else None
-    if weight is None:
-        keep = torch.arange(len(bank) - most, len(bank), device=bank.x.device)
-    else:
-        order = torch.argsort(weight.amax(0), stable=True)
-        keep = order[-most:].sort().values
-    cond = None if bank.cond is None else bank.cond[keep]
-    if not isinstance(bank, Selection):
-        return Features(bank.x[keep], cond)
-    return Selection(bank.x[keep], cond, None if weight is None else weight[:, keep], bank.mates)
+        return value(query, bank, width)
+    if not isinstance(bank, Selection) or bank.log_weight is None:
+        cond = None if bank.cond is None else bank.cond[-most:]
+        return value(query, replace(bank, x=bank.x[-most:], cond=cond), width)
+    kept = torch.argsort(bank.log_weight, dim=-1, stable=True)[:, -most:].sort(-1).values
+    # Queries that look at the same rows, as those of one prompt do, go together.
+    choices, which = torch.unique(kept, dim=0, return_inverse=True)
+    values, places = [], []
+    for number, rows in enumerate(choices):
+        here = (which == number).nonzero().squeeze(1)
+        seen = replace(
+            bank,
+            x=bank.x[rows],
+            cond=None if bank.cond is None else bank.cond[rows],
+            log_weight=bank.log_weight[here][:, rows],
+        )
+        asked = Features(query.x[here], None if query.cond is None else query.cond[here])
+        if isinstance(width, Tensor) and width.ndim and len(width) == len(query):
+            values.append(value(asked, seen, width[here]))
+        else:
+            values.append(value(asked, seen, width))
+        places.append(here)
+    return torch.cat(values)[torch.cat(places).argsort()]
 
 
 def bordered(inner: Tensor, edge: Tensor) -> Tensor:
@@ -34,14 +64,11 @@ def bordered(inner: Tensor, edge: Tensor) -> Tensor:
     return torch.cat([top, bottom[:, None]], -2)
 
 
-def sample_kernels(
-    query: Features, bank: Features, kernel: str, bandwidth: _kernel.Bandwidth
-) -> Tensor:
+def sample_kernels(query: Features, bank: Features, kernel: str, width: Width) -> Tensor:
     """(b, n+1, n+1) kernels of the samples; a bandwidth per query makes matrices per query."""
     rows = bank.x.to(query.x)
     if kernel == "cosine":
         return bordered(kernel_matrix(rows, rows, kernel), kernel_matrix(query.x, rows, kernel))
-    width = _kernel.width_of(bandwidth, query, bank)
     edge = gaussian(query.x, rows, width)
     inner_width = width[..., None] if isinstance(width, Tensor) else width
     return bordered(gaussian(rows, rows, inner_width), edge)
@@ -49,6 +76,7 @@ def sample_kernels(
 
 def prompt_kernels(query: Tensor, bank: Tensor, bandwidth: float) -> Tensor:
     """(b, n+1, n+1) Gaussian kernels of L2-normalised prompt embeddings."""
+    query = query.to(torch.promote_types(query.dtype, torch.float32))
     q, rows = normalize(query), normalize(bank.to(query))
     return bordered(gaussian(rows, rows, bandwidth), gaussian(q, rows, bandwidth))
 

@@ -50,7 +50,7 @@ class CondVendi:
     def __post_init__(self) -> None:
         check_order(self.order)
         checks.positive("cond_bandwidth", self.cond_bandwidth)
-        checks.positive("max_rows", self.max_rows)
+        _spectral.check_rows(self.max_rows)
         self._squared  # noqa: B018  raises on bad options now, not at the first step
 
     @property
@@ -68,9 +68,14 @@ class CondVendi:
         _kernel.need_prompts("cond-vendi", query, bank)
         if not len(bank) or query.cond is None or bank.cond is None:
             return query.x.sum(-1) * 0 + 1
-        bank = _spectral.newest(self._weighted(query, bank), self.max_rows)
+        bank = self._weighted(query, bank)
+        width = self._squared.width(query, bank)
+        return _spectral.over_newest(self._value, query, bank, width, self.max_rows)
+
+    def _value(self, query: Features, bank: Features, width: _spectral.Width) -> Tensor:
+        assert query.cond is not None
         assert bank.cond is not None
-        k_x = _spectral.sample_kernels(query, bank, self.kernel, self.bandwidth)
+        k_x = _spectral.sample_kernels(query, bank, self.kernel, width)
         k_t = _spectral.prompt_kernels(query.cond, bank.cond, self.cond_bandwidth).to(k_x)
         joint = entropy(_spectral.over_seen(k_x * k_t, bank), self.order)
         return (joint - entropy(_spectral.over_seen(k_t, bank), self.order)).exp()

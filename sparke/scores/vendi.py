@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from sparke import checks
 from sparke.entropy import check_order, entropy
 from sparke.kernels import QuantileRule
 from sparke.protocols import Features, Requires
@@ -27,8 +26,8 @@ class Vendi:
     largest cluster only.
 
     Each evaluation solves an (n+1) x (n+1) eigenproblem per query, O(n^3): at most `max_rows` rows,
-    the newest, are used. It is not linear in the memory, and it has no closed-form direction here
-    (autograd is used); for long histories use RKE.
+    the newest, are used (a rule reads its bandwidth off all). It is not linear in the memory, and
+    it has no closed-form direction here (autograd is used); for long histories use RKE.
 
     Attributes:
         kernel: ``"gaussian"`` or ``"cosine"``.
@@ -47,7 +46,7 @@ class Vendi:
 
     def __post_init__(self) -> None:
         check_order(self.order)
-        checks.positive("max_rows", self.max_rows)
+        _spectral.check_rows(self.max_rows)
         self._squared  # noqa: B018  raises on bad options now, not at the first step
 
     @property
@@ -60,8 +59,11 @@ class Vendi:
         _kernel.check_selection(query, bank)
         if not len(bank):
             return query.x.sum(-1) * 0 + 1
-        bank = _spectral.newest(bank, self.max_rows)
-        k = _spectral.sample_kernels(query, bank, self.kernel, self.bandwidth)
+        width = self._squared.width(query, bank)
+        return _spectral.over_newest(self._value, query, bank, width, self.max_rows)
+
+    def _value(self, query: Features, bank: Features, width: _spectral.Width) -> Tensor:
+        k = _spectral.sample_kernels(query, bank, self.kernel, width)
         return entropy(_spectral.over_seen(k, bank), self.order).exp()
 
     def crowding(self, query: Features, bank: Features) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sparke.errors import ArgumentError, ShapeError, SparkeError
 from sparke.models import emoji
+from sparke.models.emoji._file import read
 from sparke.models.emoji.denoiser import Arch, Denoiser, PromptEncoder
-from sparke.models.emoji.model import read
 
 FOLDER = Path(emoji.__file__).parent
 PER_PROMPT = 24
@@ -87,7 +87,7 @@ def test_the_artwork_is_attributed(model: emoji.EmojiModel) -> None:
 
 
 def test_weights_are_stored_small(model: emoji.EmojiModel) -> None:
-    about, tensors = read(str(FOLDER / "weights.safetensors"))
+    about, tensors = read("weights.safetensors")
     assert about["prompts"] == model.prompts
     assert tensors["latent.components"].dtype == torch.int8
     learned = [tensors[key] for key in tensors if not key.startswith("latent.")]

@@ -212,8 +212,8 @@ def main() -> None:
     """Parse the command line, measure and write."""
     parser = argparse.ArgumentParser(description="Measure the emoji model.")
     parser.add_argument("--data", type=Path, required=True, help="folder of build_dataset.py")
-    parser.add_argument("--weights", help="weights other than the packaged ones")
-    parser.add_argument("--judge", help="judge other than the packaged one")
+    parser.add_argument("--weights", type=Path, help="weights other than the packaged ones")
+    parser.add_argument("--judge", type=Path, help="judge other than the packaged one")
     parser.add_argument("--count", type=int, default=48, help="pictures to a prompt")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--sheet", type=Path, help="contact sheets, one for each guidance scale")

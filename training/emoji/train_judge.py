@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparke.models.emoji.judge import Classifier
+from sparke.models.emoji.classifier import Classifier
 
 RATE, BATCH, SMOOTHING, DECAY = 2e-3, 128, 0.05, 1e-2
 STYLE_WEIGHT, TONE_WEIGHT = 0.5, 0.5

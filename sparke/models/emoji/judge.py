@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
+from os import PathLike
 
 import torch
 from einops import rearrange
@@ -12,56 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparke.errors import ArgumentError, ShapeError
-from sparke.models.emoji.model import read
+from sparke.models.emoji._file import read
+from sparke.models.emoji.classifier import Classifier
 
-__all__ = ["Classifier", "Judge", "Verdict", "load_judge"]
+__all__ = ["Judge", "References", "Verdict", "load_judge"]
 
 _POOL = 2
-
-
-class Classifier(nn.Module):
-    """A small convolutional network that names pictures, trained apart from the denoiser.
-
-    Args:
-        names: Number of concepts.
-        channels: Channels at 16x16, 8x8 and 4x4.
-        squeeze: Channels that the 4x4 features are cut to before they are flattened.
-        features: Dimensions of the embedding.
-    """
-
-    def __init__(
-        self,
-        names: int,
-        channels: tuple[int, int, int] = (32, 64, 96),
-        squeeze: int = 48,
-        features: int = 128,
-    ) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        previous = 3
-        for width in channels:
-            layers += [*_convolve(previous, width, stride=2), *_convolve(width, width, stride=1)]
-            previous = width
-        self.body = nn.Sequential(*layers, nn.Conv2d(previous, squeeze, 1), nn.Flatten())
-        self.embed = nn.Linear(squeeze * 4 * 4, features, bias=False)
-        self.norm = nn.BatchNorm1d(features)
-        self.dropout = nn.Dropout(0.3)
-        self.name = nn.Linear(features, names)
-
-    def features(self, images: Tensor) -> Tensor:
-        """Embed (b, 3, 32, 32) images as (b, 128)."""
-        embedded: Tensor = self.norm(self.embed(self.body(images)))
-        return embedded
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(b, names) logits of (b, 3, 32, 32) images."""
-        logits: Tensor = self.name(self.dropout(F.relu(self.features(images))))
-        return logits
-
-
-def _convolve(entering: int, leaving: int, stride: int) -> list[nn.Module]:
-    convolution = nn.Conv2d(entering, leaving, 3, stride, padding=1, bias=False)
-    return [convolution, nn.BatchNorm2d(leaving), nn.ReLU()]
 
 
 @dataclass(frozen=True)
@@ -219,19 +175,16 @@ class Judge(nn.Module):
         return images.to(self.reference_images)
 
 
-def load_judge(device: torch.device | str = "cpu", *, weights: str | None = None) -> Judge:
+def load_judge(
+    device: torch.device | str = "cpu", *, weights: str | PathLike[str] | None = None
+) -> Judge:
     """Load the judge that belongs to the emoji model, in evaluation mode.
 
     Args:
         device: Where to put it.
         weights: Path of another judge written by ``training/emoji/train_judge.py``.
     """
-    if weights is not None:
-        about, tensors = read(weights)
-    else:
-        packaged = resources.files(__package__).joinpath("judge.safetensors")
-        with resources.as_file(packaged) as path:
-            about, tensors = read(str(path))
+    about, tensors = read("judge.safetensors", weights)
     images = tensors.pop("reference.images").float() / 127.5 - 1
     labels = tensors.pop("reference.labels").long()
     judge = Judge(about["prompts"], about["styles"], about["tones"], images, labels)

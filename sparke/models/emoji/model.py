@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from importlib import resources
+from os import PathLike
 from typing import Any
 
 import torch
 from einops import rearrange
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from sparke.errors import ArgumentError, ShapeError
+from sparke.models.emoji._file import read
 from sparke.models.emoji.denoiser import Arch, Denoiser, PromptEncoder
 from sparke.models.emoji.prompts import Vocabulary
 
-__all__ = ["EmojiModel", "load", "read"]
+__all__ = ["EmojiModel", "load"]
 
 _SIDE = 32
 
@@ -35,11 +34,11 @@ class EmojiModel(nn.Module):
 
         denoised = D(x, s, uncond) + w (D(x, s, cond) - D(x, s, uncond))
 
-    What it is not: a model that generalises. It was trained on MEMO_IMAGES pictures and nearly
-    memorises them: without guidance, samples lie at a median RMSE of MEMO_RMSE (pixels in
-    [-1, 1]) from the nearest of them, where MEMO_FLOOR is what the principal components alone lose.
-    Its use is that it
-    has many known modes to a prompt and, like the big models, loses them under guidance.
+    What it is not: a model that generalises. It was trained on 1649 pictures and nearly memorises
+    them: without guidance, samples lie at a median RMSE of 0.085 (pixels in [-1, 1]) from the
+    nearest of them, where the principal components alone lose 0.060. Its use is that it has many
+    known modes to a prompt and, like the big models, loses them under guidance. Tone words are the
+    weakest: 71 % of samples obey them exactly without guidance, 80 % at scale 3.
 
     Attributes:
         prompts: Names of the concepts; any of them is a prompt.
@@ -208,18 +207,11 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def read(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a safetensors file of this package: what its header says, and its tensors."""
-    with safe_open(path, framework="pt") as file:
-        about = json.loads(file.metadata()["emoji"])
-        return about, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-
 def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
-    weights: str | None = None,
+    weights: str | PathLike[str] | None = None,
 ) -> EmojiModel:
     """Load the emoji model, in evaluation mode and with gradients off for its parameters.
 
@@ -233,12 +225,7 @@ def load(
     Returns:
         The model.
     """
-    if weights is not None:
-        about, tensors = read(weights)
-    else:
-        packaged = resources.files(__package__).joinpath("weights.safetensors")
-        with resources.as_file(packaged) as path:
-            about, tensors = read(str(path))
+    about, tensors = read("weights.safetensors", weights)
     mean = tensors.pop("latent.mean").float()
     std = tensors.pop("latent.std").float()
     basis = tensors.pop("latent.components").float() * tensors.pop("latent.scale").float()

@@ -1,4 +1,4 @@
-"""From a gradient in features to a gradient in latents."""
+"""Batches of latents as vectors: lengths, and gradients brought back from features."""
 
 from __future__ import annotations
 
@@ -11,8 +11,30 @@ from sparke.protocols import Features, Score, Selection
 
 
 def working(x: Tensor) -> Tensor:
-    """x in float32 or better; half precision is for storage."""
+    """X in float32 or better; half precision is for storage."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rowwise(values: Tensor, like: Tensor) -> Tensor:
+    """(b,) -> (b, 1, ...) to multiply rows of `like`."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def norm(x: Tensor) -> Tensor:
+    """(b, ...) -> (b, 1, ...) length of each sample."""
+    return rowwise(x.flatten(1).norm(dim=1), x)
+
+
+def unit(x: Tensor) -> Tensor:
+    """(b, ...) each sample at length 1; zeros stay zeros."""
+    return x / norm(x).clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
+
+
+def kept_residual(x: Tensor, denoised: Tensor, delta: Tensor) -> Tensor:
+    """The displacement after which ``x - denoised`` has the length it had before."""
+    residual = working(x) - working(denoised)
+    moved = residual - delta
+    return residual - moved * (norm(residual) / norm(moved).clamp_min(1e-12))
 
 
 def through(
@@ -40,6 +62,12 @@ def gradient(score: Score, query: Features, bank: Selection) -> Tensor:
     """(b, d) gradient of each query's own score, by autograd; the bank stands still."""
     with torch.inference_mode(False), torch.enable_grad():
         leaf = query.x.detach().clone().requires_grad_()
-        value = score(Features(leaf, query.cond), bank)
-        (found,) = torch.autograd.grad(value.sum(), leaf)
+        rows = Selection(
+            bank.x.detach().clone(),
+            None if bank.cond is None else bank.cond.clone(),
+            None if bank.log_weight is None else bank.log_weight.clone(),
+            bank.mates,
+        )
+        cond = None if query.cond is None else query.cond.clone()
+        (found,) = torch.autograd.grad(score(Features(leaf, cond), rows).sum(), leaf)
     return found
