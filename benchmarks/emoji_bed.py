@@ -16,7 +16,7 @@ from sparke.protocols import Guider
 with warnings.catch_warnings():
     # The host's own dependencies warn at import.
     warnings.simplefilter("ignore")
-    from k_diffusion import sampling
+    from k_diffusion import sampling as sampling
 
 MakeGuider = Callable[[], Guider | None]
 PROMPTS = list(emoji.EVALUATION_PROMPTS)

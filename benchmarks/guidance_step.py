@@ -77,8 +77,14 @@ def main() -> None:
     print(f"ratio {slow / fast:.0f}, cosine of the two directions {cosine:.6f}")
     _report.write(
         "guidance_step",
-        {"rows": args.rows, "width": args.width, "table": rows, "ratio": slow / fast,
-         "cosine": cosine, "read_bytes_per_second": bank.nbytes / read},
+        {
+            "rows": args.rows,
+            "width": args.width,
+            "table": rows,
+            "ratio": slow / fast,
+            "cosine": cosine,
+            "read_bytes_per_second": bank.nbytes / read,
+        },
     )
 
 

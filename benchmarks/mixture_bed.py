@@ -67,10 +67,16 @@ class MixtureBed:
     def _noise(self, seed: int, rounds: int, prompts: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         shape = (rounds, prompts, *self.model.latent_shape)
-        return torch.randn(shape, generator=generator) * self.model.sigma_max
+        noise: Tensor = torch.randn(shape, generator=generator) * self.model.sigma_max
+        return noise
 
     def _run(
-        self, guider: sparke.Guider | None, x: Tensor, prompts: list[str], cfg: float, steps: int,
+        self,
+        guider: sparke.Guider | None,
+        x: Tensor,
+        prompts: list[str],
+        cfg: float,
+        steps: int,
         seed: int,
     ) -> Tensor:
         sampler = self.sampler

@@ -19,7 +19,11 @@ from benchmarks.emoji_bed import EmojiBed, sampling
 
 
 def generate(
-    bed: EmojiBed, guider: sparke.Guider | None, prompts: list[str], cfg: float, steps: int,
+    bed: EmojiBed,
+    guider: sparke.Guider | None,
+    prompts: list[str],
+    cfg: float,
+    steps: int,
     noise: Tensor,
 ) -> Tensor:
     """One sample after another."""

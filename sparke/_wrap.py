@@ -83,15 +83,36 @@ def wrap(
             cfg_interval=cfg_interval,
             **score_options,
         )
-    elif score_options:
-        raise ArgumentError(
-            f"guider is given, so the options {sorted(score_options)} have nowhere to go. Set them "
-            "where the guider is made."
-        )
     else:
+        _refuse(
+            score=score != "cond-rke",
+            scale=scale != SCALE,
+            features=features is not None,
+            schedule=schedule is not None,
+            in_batch=not in_batch,
+            cfg_interval=cfg_interval != "auto",
+            memory=memory is not None and not _names(guider),
+            **dict.fromkeys(score_options, True),
+        )
         guider = _guider(guider, memory)
     wrapped: T = backend.attach(target, guider, prompt_embeds=prompt_embeds)
     return wrapped
+
+
+def _refuse(**given: bool) -> None:
+    lost = [name for name, is_given in given.items() if is_given]
+    if lost:
+        raise ArgumentError(
+            f"guider is given, so {', '.join(lost)} would go nowhere. Set it where the guider is "
+            "made: sparke.DiversityGuider(...)."
+        )
+
+
+def _names(guider: Guider | str | Sequence[Guider | str]) -> bool:
+    """Whether any guider is given by name, and so made here with the memory given."""
+    if isinstance(guider, str):
+        return True
+    return isinstance(guider, Sequence) and any(isinstance(g, str) for g in guider)
 
 
 def _guider(given: Guider | str | Sequence[Guider | str], memory: Memory | None) -> Guider:
@@ -99,4 +120,4 @@ def _guider(given: Guider | str | Sequence[Guider | str], memory: Memory | None)
         return DiversityGuider(given, memory)
     if isinstance(given, Sequence):
         return GuiderChain([DiversityGuider(g, memory) if isinstance(g, str) else g for g in given])
-    return GuiderChain([given]) if not isinstance(given, Guider) else given
+    return given if isinstance(given, Guider) else GuiderChain([given])

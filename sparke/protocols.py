@@ -119,6 +119,8 @@ class Run:
         cond: (b, c) prompt embeddings or None.
         sigma_data: standard deviation per dimension of the host's data, None if the host does not
             tell.
+        eta: share of fresh noise the sampler adds at each step: 0 for ODE solvers, 1 for ancestral
+            ones.
     """
 
     shape: torch.Size
@@ -126,6 +128,7 @@ class Run:
     dtype: torch.dtype
     cond: Tensor | None = None
     sigma_data: float | None = None
+    eta: float = 0.0
 
 
 @dataclass(frozen=True)

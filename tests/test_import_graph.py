@@ -23,7 +23,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"testing"}),
     frozenset({"_wrap"}),
     frozenset({"__init__"}),
-    frozenset({"cli", "__main__"}),
+    frozenset({"_cli"}),
+    frozenset({"cli"}),
+    frozenset({"__main__"}),
 )
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}
 

@@ -87,7 +87,7 @@ def _on_import(body: list[ast.stmt]) -> Iterator[tuple[str, int]]:
 MODULES = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / "sparke").rglob("*.py")
-    if path.name != "cli.py"
+    if "_cli" not in path.parts
 )
 
 

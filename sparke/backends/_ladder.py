@@ -26,16 +26,23 @@ class Ladder:
 
     Args:
         sigmas: at least two, strictly descending, the last one 0 or more.
+        raised: noise level at which step i evaluates, where the solver adds noise first (churn).
         adaptive: the solver chooses its own steps between the first and the last.
     """
 
-    def __init__(self, sigmas: list[float], *, adaptive: bool = False) -> None:
+    def __init__(
+        self, sigmas: list[float], raised: list[float] | None = None, *, adaptive: bool = False
+    ) -> None:
+        self._sigmas, self._raised = sigmas, raised or []
         self._rising = sorted(s for s in sigmas if s > 0)
         self._adaptive = adaptive
         self._total = None if adaptive else len(sigmas) - 1
 
     def __call__(self, sigma: float) -> Step:
         """The step at this noise level; `sigma_next` is the next rung below it."""
+        for i, level in enumerate(self._raised):
+            if math.isclose(sigma, level, rel_tol=CLOSE):
+                return Step(i, sigma, self._sigmas[i + 1], self._total)
         below = bisect.bisect_left(self._rising, sigma * (1 - CLOSE))
         index = len(self._rising) - bisect.bisect_right(self._rising, sigma * (1 + CLOSE))
         if self._adaptive:
@@ -50,7 +57,8 @@ def of(arguments: Mapping[str, Any]) -> Ladder:
         ArgumentError: they do not descend, or are not finite.
     """
     if "sigmas" in arguments:
-        return Ladder(_checked(arguments["sigmas"]))
+        sigmas = _checked(arguments["sigmas"])
+        return Ladder(sigmas, _churned(sigmas, arguments))
     lowest, highest = float(arguments["sigma_min"]), float(arguments["sigma_max"])
     if not 0 < lowest < highest < math.inf:
         raise ArgumentError(
@@ -63,6 +71,16 @@ def of(arguments: Mapping[str, Any]) -> Ladder:
     steps = max(int(n), 1)
     ratio = lowest / highest
     return Ladder([highest * ratio ** (i / steps) for i in range(steps + 1)])
+
+
+def _churned(sigmas: list[float], arguments: Mapping[str, Any]) -> list[float] | None:
+    """Levels after the noise that Euler, Heun and DPM-2 may add (arXiv 2206.00364, algorithm 2)."""
+    churn = float(arguments.get("s_churn") or 0.0)
+    if churn <= 0:
+        return None
+    lo, hi = float(arguments.get("s_tmin", 0.0)), float(arguments.get("s_tmax", math.inf))
+    factor = 1 + min(churn / (len(sigmas) - 1), math.sqrt(2) - 1)
+    return [s * factor if lo <= s <= hi else s for s in sigmas[:-1]]
 
 
 def _checked(sigmas: Any) -> list[float]:

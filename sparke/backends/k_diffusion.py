@@ -76,11 +76,13 @@ def attach(
             dtype=x.dtype,
             cond=_prompts_of(source, extra_args, x),
             sigma_data=_sigma_data(model),
+            eta=_eta(signature, arguments),
         )
         guider.begin(run)
         arguments["model"] = GuidedModel(model, guider, run, ladder)
         result: Tensor = target(*bound.args, **bound.kwargs)
-        guider.finish(result)
+        # dpm_adaptive hands back a pair when it is asked for its statistics.
+        guider.finish(result[0] if isinstance(result, tuple) else result)
         return result
 
     sampler.__signature__ = _with_prompts(signature)  # type: ignore[attr-defined]
@@ -99,6 +101,8 @@ class GuidedModel:
         self._model, self._guider, self._run, self._ladder = model, guider, run, ladder
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_model":  # asked for before it is set, as copy does
+            raise AttributeError(name)
         return getattr(self._model, name)
 
     def __call__(self, x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
@@ -141,6 +145,13 @@ def _sigma_data(model: Any) -> float | None:
             return float(value)
         model = getattr(model, "inner_model", None)
     return None
+
+
+def _eta(signature: inspect.Signature, arguments: Mapping[str, Any]) -> float:
+    """The `eta` of this call, k-diffusion's name for the share of fresh noise; 0 without one."""
+    parameter = signature.parameters.get("eta")
+    value = arguments.get("eta", parameter.default if parameter else 0.0)
+    return float(value) if isinstance(value, (int, float)) else 0.0
 
 
 def _prompts_of(

@@ -50,9 +50,16 @@ class Banks:
         if self.bank is not None:
             found.append((self.bank_score, self.bank))
         if self.mates is not None:
-            mates = Selection(rows, self.cond, self.mates.to(rows), mates=True)
-            found.append((self.score, mates))
+            found.append((self.score, self._among_mates(rows, self.mates.to(rows))))
         return found
+
+    def _among_mates(self, rows: Tensor, weight: Tensor) -> Selection:
+        good = torch.isfinite(rows).all(1)
+        if not bool(good.all()):
+            # One broken sample must not break its mates: they no longer see it.
+            rows = torch.where(good[:, None], rows, 0.0)
+            weight = torch.where(good, weight, -torch.inf)
+        return Selection(rows, self.cond, weight, mates=True)
 
 
 def check(score: Score, run: Run) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sparke.errors import ArgumentError
-from sparke.protocols import GuidanceScaleHook, Guider, Run, State, Step
+from sparke.protocols import GuidanceScaleHook, Guider, Memory, Run, State, Step
 
 __all__ = ["GuiderChain"]
 
@@ -35,6 +35,12 @@ class GuiderChain:
 
     def __repr__(self) -> str:
         return f"GuiderChain({', '.join(map(repr, self.guiders))})"
+
+    @property
+    def memory(self) -> Memory | None:
+        """The first memory among the guiders, None if none has one."""
+        memories = (getattr(guider, "memory", None) for guider in self.guiders)
+        return next((m for m in memories if isinstance(m, Memory)), None)
 
     def begin(self, run: Run) -> None:
         """Begin each."""

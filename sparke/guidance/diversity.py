@@ -30,9 +30,13 @@ from sparke.schedules import EveryNth, RemainingNoise, Schedule
 
 __all__ = ["DiversityGuider"]
 
-SCALE = 1.0
-HANDOVER = 2.0
-"""Sigma, in units of `sigma_data`, above which samples repel and below which the host guides."""
+SCALE = 0.4
+LOWEST = 0.3
+"""Samples repel each other above this sigma, in units of `sigma_data`."""
+FRESH_NOISE = 2.0
+"""Fresh noise washes earlier pushes out: at eta 1 they are stronger by 1 plus this."""
+HANDOVER = 1.6
+"""The host's classifier-free guidance acts below this sigma, in the same units."""
 
 
 class DiversityGuider:
@@ -40,16 +44,18 @@ class DiversityGuider:
 
     At each evaluation of the denoiser, with D the denoised estimate,
 
-    $$D' = D + \text{scale} \cdot \sigma_{next} \cdot
+    $$D' = D + \text{scale} \cdot \frac{\sigma_{next}^2}{\sigma} \cdot
       \operatorname{clip}_1 \sum_{bank} a\, \frac{\nabla s(D)}{\|\nabla s(D)\|}$$
 
     over two banks, memory and batch mates: s is the score, a in [0, 1) its crowding (where nothing
-    is near, nothing is pushed), and $\sigma_{next}$ the noise that will still be there to absorb
-    the push. Below ``0.8 sigma_data`` nothing is pushed. Where the host shows its classifier-free
-    guidance scale, it is held at 1 above ``2 sigma_data``: guidance extrapolates everybody to the
-    same estimate there, and repulsion has nothing to tell apart. The direction is SPARKE's
-    (arXiv 2506.10173), the interval is that of arXiv 2404.07724; the rest was chosen by
-    ``benchmarks/sweep.py``.
+    is near, nothing is pushed), and $\sigma_{next}$ the noise that will
+    still be there to absorb the push; the more a step removes of it, the weaker the push. D' is
+    then moved so that x - D' keeps the length of x - D. Samplers that add fresh noise, which washes
+    early pushes out, are pushed ``1 + 2 eta`` times as hard. Below ``0.3 sigma_data`` nothing is pushed.
+    Where the host shows its classifier-free guidance scale, it is held at 1 above
+    ``1.6 sigma_data``: guidance extrapolates everybody to the same estimate there, and repulsion
+    has nothing to tell apart. The direction is SPARKE's (arXiv 2506.10173), the interval is that
+    of arXiv 2404.07724; the rest was chosen by ``benchmarks/sweep.py``.
 
     It does not preserve the model's distribution: it trades the likeliest picture for another. It
     is a pure function of (x, sigma) between ``begin`` and ``finish``; memory is written once, by
@@ -60,7 +66,7 @@ class DiversityGuider:
         memory: where finished samples go; a new [RingMemory][sparke.memory.RingMemory] if None.
         scale: length of the push in units of the schedule; 0 leaves the host bit-identical.
         schedule: length of the push at a [Step][sparke.protocols.Step], in the host's units;
-            ``RemainingNoise(lo=0.8 * sigma_data)`` if None.
+            ``RemainingNoise(0.3 * sigma_data, power=1)`` if None.
         reads: what the score sees: ``"denoised"``; ``"conditional"``, the prediction before
             classifier-free guidance (costs an evaluation where that is on); or ``"noisy"``, the
             state itself against clean memory, as published.
@@ -74,7 +80,7 @@ class DiversityGuider:
         features: latents (b, ...) -> rows (b, d) to compare, differentiable; flattened latents if
             None. Memory holds these rows.
         cfg_interval: (lo, hi) outside which the host's guidance scale is held at 1; ``"auto"``:
-            (0, 2 sigma_data); None leaves it alone. Acts only while there is something to repel.
+            (0, 1.6 sigma_data); None leaves it alone. Acts only while there is something to repel.
         displaces: ``"denoised"``, or ``"latents"``: the next latents of an Euler step move by
             scale * schedule times the norm of x, as published.
         nonfinite: ``"warn"`` and go on unguided, or ``"raise"``.
@@ -126,6 +132,7 @@ class DiversityGuider:
         self._banks: _banks.Banks | None = None
         self._sigma_data = 1.0
         self._strength: Schedule = RemainingNoise()
+        self._gain = 1.0
 
     @classmethod
     def published(
@@ -176,7 +183,8 @@ class DiversityGuider:
         self._banks = None
         _banks.check(self.score, run)
         self._sigma_data = self.sigma_data or run.sigma_data or 1.0
-        self._strength = self.schedule or RemainingNoise(HANDOVER * self._sigma_data, power=1)
+        self._gain = 1 + FRESH_NOISE * run.eta
+        self._strength = self.schedule or RemainingNoise(LOWEST * self._sigma_data, power=1)
         self._banks = _banks.freeze(
             self.score, self.memory, run, in_batch=self.in_batch, flat=self.features is None
         )
@@ -193,7 +201,7 @@ class DiversityGuider:
         delta = self._length(state, strength) * self._push(state, strength, self._banks)
         if self.keep_residual:
             delta = _vectors.kept_residual(state.x, state.denoised, delta)
-        return self._checked(delta, state.step).to(state.denoised.dtype)
+        return self._checked(delta.detach(), state.step).to(state.denoised.dtype)
 
     def finish(self, x: Tensor) -> None:
         """Commit the finished samples, (b, ...), to memory; rows that are not finite are left out.
@@ -280,7 +288,7 @@ class DiversityGuider:
 
     def _length(self, state: State, strength: float) -> Tensor | float:
         if self.displaces == "denoised":
-            return strength
+            return strength * self._gain
         step = state.step
         # An Euler step to sigma_next takes (1 - sigma_next/sigma) of a displacement of denoised.
         gain = step.sigma / (step.sigma - step.sigma_next)
@@ -303,7 +311,7 @@ class DiversityGuider:
 def _interval(value: tuple[float, float] | str | None) -> tuple[float, float] | str | None:
     if value is None or value == "auto":
         return value
-    if isinstance(value, str) or len(value) != 2 or not 0 <= value[0] <= value[1]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or not 0 <= value[0] <= value[1]:
         raise ArgumentError(
             f"cfg_interval must be 'auto', None or (lo, hi) with 0 <= lo <= hi, got {value!r}."
         )

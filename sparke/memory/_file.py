@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], meta: dict[s
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        Path(temporary).chmod(_mode(target))
         Path(temporary).replace(target)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -42,6 +44,15 @@ def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], meta: dict[s
         if isinstance(error, OSError):
             raise MemoryFileError(f"cannot write {target}: {error}") from error
         raise
+
+
+def _mode(target: Path) -> int:
+    """The permissions of the file to be replaced, or those any new file would get."""
+    if target.exists():
+        return stat.S_IMODE(target.stat().st_mode)
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

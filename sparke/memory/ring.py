@@ -85,23 +85,10 @@ class RingMemory:
         Nothing is written when an error is raised.
         """
         x, cond = self._admit(items)
-        if not len(x):
-            return
-        if self._x is None:
-            self.device = self.device or x.device
-            self._x = torch.zeros(self.capacity, x.shape[1], dtype=self.dtype, device=self.device)
-            if cond is not None:
-                self._cond = torch.zeros(self.capacity, cond.shape[1], device=self.device)
-        elif self._seen <= self.capacity < self._seen + len(x):
-            # From here on rows are overwritten: selections handed out as views keep the old copy.
-            self._x = self._x.clone()
-            self._cond = None if self._cond is None else self._cond.clone()
-        slots = torch.arange(self._seen, self._seen + len(x), device=self.device)
-        slots = slots[-self.capacity :] % self.capacity
-        self._x[slots] = x[-self.capacity :].to(self._x)
-        if self._cond is not None and cond is not None:
-            self._cond[slots] = cond[-self.capacity :].to(self._cond)
-        self._seen += len(x)
+        if len(x):
+            # Storage made under a host's inference mode could not be written to outside it.
+            with torch.inference_mode(False):
+                self._append(x, cond)
 
     def select(self, cond: Tensor | None = None, weigh: Weigh | None = None) -> Selection:
         """All rows in float32, oldest first, weighted by their prompts.
@@ -192,6 +179,23 @@ class RingMemory:
                     f"is no room for them: {error}. Give a smaller capacity=."
                 ) from error
         return memory
+
+    def _append(self, x: Tensor, cond: Tensor | None) -> None:
+        if self._x is None:
+            self.device = self.device or x.device
+            self._x = torch.zeros(self.capacity, x.shape[1], dtype=self.dtype, device=self.device)
+            if cond is not None:
+                self._cond = torch.zeros(self.capacity, cond.shape[1], device=self.device)
+        elif self._seen <= self.capacity < self._seen + len(x):
+            # From here on rows are overwritten: selections handed out as views keep the old copy.
+            self._x = self._x.clone()
+            self._cond = None if self._cond is None else self._cond.clone()
+        slots = torch.arange(self._seen, self._seen + len(x), device=self.device)
+        slots = slots[-self.capacity :] % self.capacity
+        self._x[slots] = x[-self.capacity :].to(self._x)
+        if self._cond is not None and cond is not None:
+            self._cond[slots] = cond[-self.capacity :].to(self._cond)
+        self._seen += len(x)
 
     def _in_order(self, ring: Tensor) -> Tensor:
         start = self._seen % self.capacity

@@ -345,6 +345,35 @@ def test_a_score_without_a_closed_form_is_differentiated() -> None:
     )
 
 
+def test_constants_are_read_off_memory_once_a_run_and_never_off_mates() -> None:
+    banks: list[Features] = []
+
+    class Learned:
+        requires = Requires()
+
+        def __init__(self, towards: float) -> None:
+            self.towards = towards
+
+        def __call__(self, query: Features, bank: Features) -> Tensor:
+            return self.towards * query.x.sum(1)
+
+        def calibrate(self, bank: Features) -> Learned:
+            banks.append(bank)
+            return Learned(-1.0)
+
+    x, bank = rows(4, 3, 0, torch.float32), rows(6, 3, 2, torch.float32)
+    options: dict[str, Any] = {"schedule": Constant(), "scale": 1.0, "keep_residual": False}
+    from_mates = started(DiversityGuider(Learned(1.0), **options), x)
+    assert bool((from_mates(at(x, x)) > 0).all())
+    assert banks == []
+    options = {**options, "in_batch": False}
+    from_memory = started(DiversityGuider(Learned(1.0), remembering(bank), **options), x)
+    for _ in range(3):
+        assert bool((from_memory(at(x, x)) < 0).all())
+    (read,) = banks
+    assert torch.equal(read.x, bank)
+
+
 @pytest.mark.parametrize("score", ["rke", "vendi", "cond-rke", "cond-vendi"])
 @pytest.mark.parametrize("in_batch", [True, False])
 def test_every_score_pushes_apart(score: str, in_batch: bool) -> None:

@@ -1,0 +1,1 @@
+"""The commands of `sparke`; needs the extra ``sparke[demo]``."""

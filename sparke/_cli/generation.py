@@ -1,0 +1,123 @@
+"""`sparke generate`: pictures in files, and a memory that grows from call to call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import sparke
+from sparke._cli import files, sampling
+from sparke._cli.sampling import Sampler, Settings, Tick
+from sparke._cli.sheet import to_images
+from sparke.errors import MemoryFileError
+from sparke.memory import RingMemory
+from sparke.models import emoji
+
+CAPACITY = 4096
+
+
+def run(
+    console: Console,
+    prompts: Sequence[str],
+    *,
+    out: Path,
+    n: int,
+    batch: int,
+    size: int,
+    settings: Settings,
+    seed: int,
+    options: dict[str, Any],
+    memory_file: Path | None,
+    capacity: int | None,
+) -> None:
+    """Draw n pictures of each prompt, then write all of them and the memory, or nothing.
+
+    Args:
+        console: of the summary.
+        prompts: what to draw.
+        out: folder of the pictures.
+        n: pictures to a prompt.
+        batch: pictures drawn at once.
+        size: side of a written picture.
+        settings: of the sampler.
+        seed: of the noise.
+        options: of `sparke.wrap`.
+        memory_file: loaded if it is there, saved in the end.
+        capacity: of the memory; as in the file, or 4096, if None.
+    """
+    model = emoji.load()
+    prompts = sampling.checked_prompts(model, prompts)
+    memory = _memory(memory_file, capacity)
+    before = len(memory)
+    generator = torch.Generator().manual_seed(seed)
+    total = len(prompts) * -(-n // batch) * settings.steps
+    with sampling.progress() as shown:
+        sampler = sparke.wrap(sampling.bare_sampler(shown), memory=memory, **options)
+        files.folder(out)
+        task = shown.add_task("drawing", total=total)
+        images = {
+            prompt: _draw(
+                sampler, model, prompt, n, batch, generator, settings, lambda: shown.advance(task)
+            )
+            for prompt in prompts
+        }
+    with files.all_or_none() as made:
+        written = {
+            prompt: _write(out, files.stem_of(prompt), drawn, size, made)
+            for prompt, drawn in images.items()
+        }
+        if memory_file is not None:
+            memory.save(memory_file)
+    for prompt, paths in written.items():
+        last = f" ... {paths[-1].name}" if len(paths) > 1 else ""
+        _say(console, f"{prompt}: {paths[0]}{last}")
+    where = "" if memory_file is None else f" ({memory_file})"
+    _say(console, f"memory: {before} -> {len(memory)} pictures{where}")
+    _say(console, f"seed: {seed}")
+
+
+def _memory(path: Path | None, capacity: int | None) -> RingMemory:
+    if path is None:
+        return RingMemory(CAPACITY if capacity is None else capacity)
+    files.folder(path.parent, make=False)
+    if path.is_dir():
+        raise MemoryFileError(f"the memory {path} is a folder, a file is needed there.")
+    if not path.exists():
+        return RingMemory(CAPACITY if capacity is None else capacity)
+    return RingMemory.load(path, capacity=capacity)
+
+
+def _draw(
+    sampler: Sampler,
+    model: emoji.EmojiModel,
+    prompt: str,
+    n: int,
+    batch: int,
+    generator: torch.Generator,
+    settings: Settings,
+    tick: Tick,
+) -> Tensor:
+    """(n, 3, 32, 32) images of one prompt."""
+    parts = []
+    for first in range(0, n, batch):
+        x = sampling.noise(model, min(batch, n - first), generator)
+        parts.append(model.decode(sampling.draw(sampler, model, prompt, x, settings, tick)))
+    return torch.cat(parts)
+
+
+def _write(out: Path, stem: str, images: Tensor, size: int, made: list[Path]) -> list[Path]:
+    paths = []
+    for row in images.split(1):
+        (picture,) = to_images(row, size)
+        paths.append(files.create_next(out, stem, files.png(picture)))
+        made.append(paths[-1])
+    return paths
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
