@@ -83,9 +83,9 @@ BEDS: dict[str, Callable[[], Bed]] = {
     "structured": lambda: MixtureBed("structured"),
 }
 CELLS: dict[str, list[tuple[float, int]]] = {
-    "emoji": [(1, 25), (6, 25), (6, 8), (1, 4)],
+    "emoji": [(1, 25), (6, 25), (1, 4)],
     "planar": [(1, 30), (3, 30), (1, 8)],
-    "structured": [(1, 30), (3, 12)],
+    "structured": [(1, 12)],
 }
 
 

@@ -51,8 +51,8 @@ class DiversityGuider:
     is near, nothing is pushed), and $\sigma_{next}$ the noise that will
     still be there to absorb the push; the more a step removes of it, the weaker the push. D' is
     then moved so that x - D' keeps the length of x - D. Samplers that add fresh noise, which washes
-    early pushes out, are pushed ``1 + 2 eta`` times as hard. Below ``0.3 sigma_data`` nothing is pushed.
-    Where the host shows its classifier-free guidance scale, it is held at 1 above
+    early pushes out, are pushed ``1 + 2 eta`` times as hard. Below ``0.3 sigma_data`` nothing is
+    pushed. Where the host shows its classifier-free guidance scale, it is held at 1 above
     ``1.6 sigma_data``: guidance extrapolates everybody to the same estimate there, and repulsion
     has nothing to tell apart. The direction is SPARKE's (arXiv 2506.10173), the interval is that
     of arXiv 2404.07724; the rest was chosen by ``benchmarks/sweep.py``.
