@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import sparke
-from sparke._cli import demonstration, files, sheet
+from sparke._cli import demonstration, files, sampling, sheet
 from sparke.cli import main
 from sparke.memory import RingMemory
 from sparke.models import emoji
@@ -90,6 +90,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@sampling.one_thread()
 def drawn(steps: int, cfg: float, seed: int, n: int) -> dict[str, list[Tensor]]:
     """The demo's pictures, drawn once more without the command line."""
     from k_diffusion.sampling import sample_dpmpp_2m
@@ -223,6 +224,23 @@ def test_scale_0_makes_both_halves_alike(run: Run, tmp_path: Path) -> None:
     assert row["unguided"] == row["guided"]
     assert told["settings"]["scale"] == 0
     assert told["settings"]["score"] == "rke"
+
+
+def test_one_thread_is_enough_and_the_others_are_given_back(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, load = [], emoji.load
+
+    def watched() -> emoji.EmojiModel:
+        seen.append(torch.get_num_threads())
+        return load()
+
+    monkeypatch.setattr(emoji, "load", watched)
+    before = torch.get_num_threads()
+    run("demo", "pizza", "-n", "1", "--steps", "1")
+    run("generate", "nothing")
+    assert seen == [1, 1]
+    assert torch.get_num_threads() == before
 
 
 def test_the_default_prompts_are_concepts_with_and_without_tones() -> None:

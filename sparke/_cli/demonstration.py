@@ -34,6 +34,7 @@ PROMPTS = (
 TITLES = ("unguided", "sparke.wrap(sampler)")
 
 
+@sampling.one_thread()
 def run(
     console: Console,
     prompts: Sequence[str],

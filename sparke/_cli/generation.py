@@ -21,6 +21,7 @@ from sparke.models import emoji
 CAPACITY = 4096
 
 
+@sampling.one_thread()
 def run(
     console: Console,
     prompts: Sequence[str],

@@ -113,6 +113,21 @@ def draw(
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: the model is too small for two.
+
+    On idle cores one is as fast; where others work too, threads that wait for each other at every
+    layer take forty times as long.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def progress() -> Iterator[Progress]:
     """A progress bar on stderr, none where that is no terminal."""
     console = Console(stderr=True)
