@@ -387,7 +387,12 @@ def test_ctrl_c_while_drawing(
     run("demo", "pizza", "-n", "2", "--steps", "2")
     before = tree(tmp_path)
     monkeypatch.setattr("k_diffusion.sampling.sample_dpmpp_2m", Interrupting())
-    refused(run(*argv), "interrupted", code=130)
+    # A test run in the background of a shell inherits a SIGINT that is ignored.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        refused(run(*argv), "interrupted", code=130)
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert tree(tmp_path) == before
 
 

@@ -14,6 +14,10 @@ from sparke.errors import ArgumentError, SparkeError
 __all__ = ["UnknownWords", "Vocabulary"]
 
 
+_SHOWN = 5
+"""At most this many unknown words are looked up and named."""
+
+
 class UnknownWords(SparkeError, ValueError):
     """A prompt has words the model never saw; it would have to ignore them, so it refuses.
 
@@ -25,10 +29,12 @@ class UnknownWords(SparkeError, ValueError):
 
     def __init__(self, prompt: str, words: Sequence[str], known: Sequence[str]) -> None:
         parts = []
-        for word in words:
+        for word in words[:_SHOWN]:
             near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
             hint = f" (near: {', '.join(near)})" if near else ""
             parts.append(f"{word!r}{hint}")
+        if len(words) > _SHOWN:
+            parts.append(f"and {len(words) - _SHOWN} more")
         super().__init__(
             f"prompt {prompt!r}: unknown {'word' if len(parts) == 1 else 'words'} "
             f"{', '.join(parts)}. The emoji model knows {len(known)} words, its concepts are in "
