@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ def wrap(
     memory: Memory | None = None,
     scale: float = SCALE,
     prompt_embeds: Any = None,
+    prompt_encoder: Callable[[list[str]], Any] | None = None,
     features: Callable[[Tensor], Tensor] | None = None,
     schedule: Schedule | None = None,
     in_batch: bool = True,
@@ -95,7 +97,13 @@ def wrap(
             **dict.fromkeys(score_options, True),
         )
         guider = _guider(guider, memory)
-    wrapped: T = backend.attach(target, guider, prompt_embeds=prompt_embeds)
+    options = {} if prompt_encoder is None else {"prompt_encoder": prompt_encoder}
+    if options and "prompt_encoder" not in inspect.signature(backend.attach).parameters:
+        raise ArgumentError(
+            "prompt_encoder= needs a host that is called with prompts, such as a diffusers "
+            "pipeline; a sampler knows embeddings only. Give prompt_embeds= instead."
+        )
+    wrapped: T = backend.attach(target, guider, prompt_embeds=prompt_embeds, **options)
     return wrapped
 
 

@@ -117,6 +117,8 @@ class Run:
         device: where they live.
         dtype: their dtype.
         cond: (b, c) prompt embeddings or None.
+        cond_origin: (c,) the point prompts are compared from: what this encoder says of any prompt
+            at all. None: the origin.
         sigma_data: standard deviation per dimension of the host's data, None if the host does not
             tell.
         eta: share of fresh noise the sampler adds at each step: 0 for ODE solvers, 1 for ancestral
@@ -129,6 +131,7 @@ class Run:
     cond: Tensor | None = None
     sigma_data: float | None = None
     eta: float = 0.0
+    cond_origin: Tensor | None = None
 
 
 @dataclass(frozen=True)

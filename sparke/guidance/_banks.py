@@ -15,6 +15,7 @@ from sparke.protocols import (
     Run,
     Score,
     Selection,
+    Weigh,
 )
 
 
@@ -96,7 +97,7 @@ def freeze(score: Score, memory: Memory, run: Run, *, in_batch: bool, flat: bool
 
 def _select(score: Score, memory: Memory, run: Run, *, flat: bool) -> Selection:
     if isinstance(score, PromptWeighted):
-        bank = memory.select(run.cond, score.log_weight)
+        bank = memory.select(run.cond, _weigh(score, run))
     else:
         bank = memory.select()
     if bank.cond is not None and run.cond is None:
@@ -117,5 +118,17 @@ def _mates(score: Score, run: Run) -> Tensor:
     b = run.shape[0]
     weight = torch.zeros(b, b, device=run.device)
     if isinstance(score, PromptWeighted) and run.cond is not None:
-        weight = score.log_weight(run.cond, run.cond).to(weight)
+        weight = _weigh(score, run)(run.cond, run.cond).to(weight)
     return weight.fill_diagonal_(-torch.inf)
+
+
+def _weigh(score: PromptWeighted, run: Run) -> Weigh:
+    """The score's prompt kernel, seen from the origin of this run's prompts."""
+    origin = run.cond_origin
+    if origin is None:
+        return score.log_weight
+
+    def centred(queries: Tensor, rows: Tensor) -> Tensor:
+        return score.log_weight(queries - origin.to(queries), rows - origin.to(rows))
+
+    return centred
