@@ -22,6 +22,9 @@ NAMES = ("unet", "transformer", "transformer_2", "prior", "decoder", "dit")
 EMBEDS = ("encoder_hidden_states", "class_labels", "cap_feats", "prompt_embeds", "clip_text_pooled")
 """Keywords under which they hand it the prompts, most telling first."""
 
+CERTAIN = 0.02
+"""How far off their line, relatively, the output of half precision arithmetic may lie."""
+
 Rows: TypeAlias = "Tensor | Sequence[Tensor]"
 Call: TypeAlias = Callable[..., Any]
 Watcher: TypeAlias = Callable[[Call, tuple[Any, ...], dict[str, Any]], Any]
@@ -129,6 +132,25 @@ class Predictions:
                 return replaced(out, _joined(*(parts if kind == "uncond+cond" else parts[::-1])))
         return out
 
+    def as_output(self, output: Tensor) -> Tensor | None:
+        """The conditional prediction in the form of a scheduler's model output, if that is certain.
+
+        Pipelines turn the answers about before the scheduler sees them (signs, variances cut off);
+        what they did is known to be undone when the output lies on the line of the two answers.
+
+        Args:
+            output: what the scheduler was given, in float32 or better.
+        """
+        c, u = (_in_form(p, output) for p in (self.conditional, self.unconditional))
+        if c is None or u is None:
+            return None
+        for sign in (1.0, -1.0):
+            step, off = sign * (c - u), output - sign * c
+            along = (step * off).sum() / step.square().sum().clamp_min(1e-20)
+            if (off - along * step).norm() <= CERTAIN * output.norm():
+                return sign * c
+        return None
+
     def _told_apart(self, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         if self.known is None:
             return "other"
@@ -211,3 +233,17 @@ def _mixed(away: Any, toward: Any, share: float) -> Any:
 
 def _joined(first: Any, second: Any) -> Any:
     return torch.cat([first, second]) if isinstance(first, Tensor) else [*first, *second]
+
+
+def _in_form(prediction: Any, like: Tensor) -> Tensor | None:
+    """An answer in the shape of the scheduler's model output, None if it has another."""
+    if isinstance(prediction, (list, tuple)):
+        prediction = torch.stack(list(prediction)) if prediction else None
+    if not isinstance(prediction, Tensor):
+        return None
+    if prediction.ndim == like.ndim and prediction.shape[1] > like.shape[1]:
+        prediction = prediction[:, : like.shape[1]]
+    if prediction.numel() != like.numel():
+        return None
+    found: Tensor = prediction.detach().to(like).reshape(like.shape)
+    return found

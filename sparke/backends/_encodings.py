@@ -86,12 +86,24 @@ def rows_of(pooled: Tensor, batch: int) -> Tensor:
     Raises:
         ShapeError: the batch is no multiple of the prompts.
     """
+    pooled = conditional(pooled, batch)
     if batch % len(pooled):
         raise ShapeError(
             f"the prompt embeddings have {len(pooled)} rows for a batch of {batch}. Give "
             "prompt_embeds= or prompt_encoder= with one row per sample or per prompt."
         )
     return pooled.repeat_interleave(batch // len(pooled), 0)
+
+
+def conditional(embeds: Any, batch: int) -> Any:
+    """The prompts' own rows where an encoder returned them with those to guide away from.
+
+    Twice the batch is [negative; prompt], as AudioLDM 2 and its like concatenate them; three times
+    is InstructPix2Pix's [prompt; negative; negative].
+    """
+    if batch and len(embeds) == 2 * batch:
+        return embeds[batch:]
+    return embeds[:batch] if batch and len(embeds) == 3 * batch else embeds
 
 
 @contextmanager

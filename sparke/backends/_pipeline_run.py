@@ -5,55 +5,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from sparke.backends import _denoisers, _encodings, _prompts, _schedulers
-from sparke.errors import ArgumentError, GuidanceWarning, UnsupportedTarget
+from sparke.backends import _denoisers, _encodings, _schedulers
+from sparke.backends._guided import scheduler_of
+from sparke.backends._prompt_reader import PromptReader, Prompts
+from sparke.errors import GuidanceWarning
 from sparke.protocols import GuidanceScaleHook, Guider, Run, State
 
-__all__ = ["PipelineRun", "PromptSource", "Prompts", "scheduler_of"]
+__all__ = ["PipelineRun"]
 
-PromptSource: TypeAlias = "_prompts.Prompts | Callable[[Mapping[str, Any]], _prompts.Prompts]"
 SCALE_NAMES = ("true_cfg_scale", "guidance_scale")
-MASK_NAMES = ("prompt_embeds_mask", "prompt_attention_mask", "prompt_embeds_attention_mask")
-
-
-@dataclass
-class Prompts:
-    """Where the prompts of a pipeline's calls are read.
-
-    Attributes:
-        embeds: rows, or a function of the call's arguments, in place of the pipeline's own.
-        encoder: list of strings -> (n, c), in place of the pipeline's own.
-        origins: origin of the embeddings, by the encoder they come from.
-    """
-
-    embeds: PromptSource | None = None
-    encoder: Callable[[list[str]], Any] | None = None
-    origins: dict[int, Tensor | None] = field(default_factory=dict)
-
-
-def scheduler_of(pipeline: Any) -> Any:
-    """The scheduler that takes the pipeline's last denoising loop.
-
-    Raises:
-        UnsupportedTarget: it has none, or one that cannot be guided.
-    """
-    held = vars(pipeline)
-    found = [held.get("scheduler"), *(v for k, v in held.items() if k.endswith("scheduler"))]
-    scheduler = next((s for s in found if s is not None and _schedulers.is_scheduler(s)), None)
-    if scheduler is None:
-        raise UnsupportedTarget(
-            f"{type(pipeline).__name__} has no scheduler whose steps could be guided."
-        )
-    if not _schedulers.supported(scheduler):
-        _schedulers.Reading(scheduler)  # raises, and says why
-    return scheduler
 
 
 class PipelineRun:
@@ -69,16 +34,15 @@ class PipelineRun:
     def __init__(
         self, pipeline: Any, guider: Guider, arguments: Mapping[str, Any], prompts: Prompts
     ) -> None:
-        self._pipeline, self._guider, self._prompts = pipeline, guider, prompts
-        self._arguments = dict(arguments)
+        self._pipeline, self._guider = pipeline, guider
+        self._prompts = PromptReader(pipeline, prompts, arguments)
         self._scheduler = scheduler_of(pipeline)
         self._reading: _schedulers.Reading | None = None
-        self._encoding: _encodings.Encoding | None = None
-        self._origin: Tensor | None = None
         self._latents: Tensor | None = None
         self._run: Run | None = None
         self._predictions = _denoisers.Predictions(0, None)
         self._answer: Any = None
+        self._at = 0
         self._finished: Tensor | None = None
         self._warned = False
 
@@ -87,11 +51,18 @@ class PipelineRun:
         """Hold the pipeline's seams, and commit the finished samples if all went well."""
         with ExitStack() as held:
             for part in self._parts():
-                held.enter_context(_encodings.listened(part, "encode_prompt", self._on_encode))
+                encoder = "encode_prompt" if hasattr(part, "encode_prompt") else "_encode_prompt"
+                held.enter_context(_encodings.listened(part, encoder, self._prompts.hear))
                 held.enter_context(_encodings.listened(part, "prepare_latents", self._on_latents))
                 held.enter_context(_denoisers.watched(part, self._on_denoiser))
             held.enter_context(_schedulers.stepping(self._scheduler, self._on_step))
             yield
+        self.finish()
+
+    def finish(self) -> None:
+        """Hand the finished samples to the guider; nothing without them."""
+        if self._run is None:
+            self._warn("none of its scheduler's steps came by (it may step copies of it)")
         if self._finished is not None:
             self._guider.finish(self._finished)
 
@@ -103,18 +74,6 @@ class PipelineRun:
             if getattr(value, "scheduler", None) is self._scheduler and callable(value)
         ]
         return [self._pipeline, *inner]
-
-    def _on_encode(self, encode: Callable[..., Any], heard: Any, result: Any) -> None:
-        if self._encoding is not None or self._prompts.encoder or self._prompts.embeds is not None:
-            return  # later calls are for negative prompts
-        self._encoding = _encodings.Encoding.of(result)
-        if self._encoding is None:
-            return
-        key = id(getattr(self._pipeline, "text_encoder", None))
-        if key not in self._prompts.origins:
-            reference = getattr(self._pipeline, "reference_prompts", _encodings.REFERENCE)
-            self._prompts.origins[key] = _encodings.origin(encode, heard, reference)
-        self._origin = self._prompts.origins[key]
 
     def _on_latents(self, _: Callable[..., Any], heard: Any, result: Any) -> None:
         latents = result[0] if isinstance(result, (tuple, list)) and result else result
@@ -141,12 +100,16 @@ class PipelineRun:
         """How far the unconditional prediction moves to the conditional one."""
         if "uncond" not in kind or not isinstance(self._guider, GuidanceScaleHook):
             return 0.0
-        told = (self._arguments.get(name) for name in SCALE_NAMES)
-        scale = next((float(s) for s in told if isinstance(s, (int, float))), 2.0)
+        scale = self._guidance_scale()
         wanted = self._guider.on_guidance_scale(reading.step(at), scale)
         if wanted == 1:
             return 1.0
         return 0.0 if scale == 1 else (wanted - scale) / (1 - scale)
+
+    def _guidance_scale(self) -> float:
+        """The host's scale; any but 1 where it is not told, since guidance is being done."""
+        told = (self._prompts.arguments.get(name) for name in SCALE_NAMES)
+        return next((float(s) for s in told if isinstance(s, (int, float))), 2.0)
 
     def _on_step(self, step: Callable[..., Any], bound: Any) -> Any:
         given = bound.arguments
@@ -154,28 +117,55 @@ class PipelineRun:
         if not isinstance(output, Tensor) or not isinstance(sample, Tensor):
             self._warn("its step takes neither model_output nor sample as tensors")
             return step(*bound.args, **bound.kwargs)
+        if given.get("per_token_timesteps") is not None:
+            self._warn("its tokens are at noise levels of their own")
+            return step(*bound.args, **bound.kwargs)
+        # A second call that brings its own clean sample (Cosmos) has what the first call displaced.
+        if given.get("pred_original_sample") is None or self._run is None:
+            moved = self.displaced(output, given.get("timestep"), sample)
+            if moved is None:
+                return step(*bound.args, **bound.kwargs)
+            given["model_output"] = moved
+        result = step(*bound.args, **bound.kwargs)
+        self.stepped(result[0] if isinstance(result, tuple) else result.prev_sample)
+        return result
+
+    def displaced(self, output: Tensor, timestep: Any, sample: Tensor) -> Tensor | None:
+        """The model's output for which the denoised estimate is the guided one.
+
+        Args:
+            output: of the model, after classifier-free guidance.
+            timestep: of the scheduler's step about to be taken.
+            sample: the latents it will be taken from.
+
+        Returns:
+            What to give the scheduler, of `output`'s shape and dtype; None, after a warning, if
+            `output` is no estimate of `sample`.
+        """
         reading = self._read()
-        at = reading.position(self._scheduler, given.get("timestep"))
+        self._at = reading.position(self._scheduler, timestep)
         rows = self._rows(sample)
         head = _head(output, sample)
         if head is None:
             self._warn(
                 f"model output {tuple(output.shape)} is no estimate of {tuple(sample.shape)}"
             )
-            return step(*bound.args, **bound.kwargs)
-        delta = self._delta(reading, at, head[:rows], sample[:rows])
+            return None
+        delta = self._delta(reading, self._at, head[:rows], sample[:rows])
         if rows < len(sample):
             delta = torch.cat([delta, delta])  # twins, of which pipelines keep the first
-        moved = reading.levels[at].moved(_working(head), delta).to(output.dtype)
+        moved = reading.levels[self._at].moved(_working(head), delta).to(output.dtype)
         tail = output[:, head.shape[1] :] if head.shape != output.shape else None
-        given["model_output"] = moved if tail is None else torch.cat([moved, tail], 1)
-        result = step(*bound.args, **bound.kwargs)
+        return moved if tail is None else torch.cat([moved, tail], 1)
+
+    def stepped(self, previous: Tensor) -> None:
+        """Note the latents after the step for which the output was displaced."""
+        assert self._reading is not None
+        assert self._run is not None
         self._predictions.next_step()
         self._answer = None
-        if reading.is_last(at):
-            previous = result[0] if isinstance(result, tuple) else result.prev_sample
-            self._finished = previous[:rows].detach().clone()
-        return result
+        if self._reading.is_last(self._at):
+            self._finished = previous[: self._run.shape[0]].detach().clone()
 
     def _delta(
         self, reading: _schedulers.Reading, at: int, output: Tensor, sample: Tensor
@@ -185,7 +175,7 @@ class PipelineRun:
         denoised = level.denoised(answer, noisy)
 
         def conditional() -> Tensor:
-            seen = _as_output(self._predictions, answer)
+            seen = self._predictions.as_output(answer)
             return denoised if seen is None else level.denoised(seen, noisy)
 
         cond = None if self._run is None else self._run.cond
@@ -222,74 +212,26 @@ class PipelineRun:
 
     def _batch(self, rows: int) -> int:
         """Samples among this many rows: half of them where both prompts share a batch."""
-        labels = self._arguments.get("class_labels")
+        labels = self._prompts.arguments.get("class_labels")
         if isinstance(labels, (list, Tensor)):
             return len(labels)
         return rows // 2 if getattr(self._pipeline, "do_classifier_free_guidance", False) else rows
 
     def _begin(self, batch: int, latents: Tensor) -> None:
-        cond = self._cond(batch, latents.device)
+        cond, origin = self._prompts.rows(batch, latents.device), self._prompts.origin
         run = Run(
             shape=torch.Size((batch, *latents.shape[1:])),
             device=latents.device,
             dtype=latents.dtype,
             cond=cond,
-            cond_origin=None if self._origin is None else self._origin.to(latents.device),
+            cond_origin=None if origin is None else origin.to(latents.device),
             sigma_data=getattr(self._pipeline, "sigma_data", None),
-            eta=_schedulers.fresh_noise(self._scheduler, self._arguments),
+            eta=_schedulers.fresh_noise(self._scheduler, self._prompts.arguments),
         )
         self._guider.begin(run)
         self._run = run
-        known = self._arguments.get("class_labels")
-        if known is not None:
-            known = torch.as_tensor(known, device=latents.device)
-        elif self._encoding is not None:
-            known = _repeated(self._encoding.embeds, batch)
-        elif (given := self._given()) is not None:
-            known = _repeated(given.embeds, batch)
+        known = self._prompts.as_given(batch, latents.device)
         self._predictions = _denoisers.Predictions(batch, known)
-
-    def _cond(self, batch: int, device: torch.device) -> Tensor | None:
-        source = self._prompts.embeds
-        if source is not None:
-            return _prompts.pool(
-                source(self._arguments) if callable(source) else source, batch, device
-            )
-        if self._prompts.encoder is not None:
-            return self._by_encoder(self._prompts.encoder, batch, device)
-        encoding = self._encoding or self._given()
-        if encoding is not None:
-            return _encodings.rows_of(encoding.pooled().to(device), batch)
-        labels = self._arguments.get("class_labels")
-        if labels is not None:
-            found = torch.as_tensor(labels, device=device).long().reshape(-1)
-            # Classes are either the same or unrelated.
-            return F.one_hot(found, max(1001, int(found.max()) + 1)).float()
-        return None
-
-    def _by_encoder(
-        self, encoder: Callable[[list[str]], Any], batch: int, device: torch.device
-    ) -> Tensor:
-        prompt = self._arguments.get("prompt")
-        texts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) for t in texts):
-            raise ArgumentError(
-                f"prompt_encoder= encodes the call's prompt, a string or a list of them, got "
-                f"{type(prompt).__name__}. Give prompt_embeds= instead."
-            )
-        origins = self._prompts.origins
-        if id(encoder) not in origins:
-            origins[id(encoder)] = _encodings.encoded(encoder, _encodings.REFERENCE).mean(0)
-        self._origin = origins[id(encoder)]
-        return _encodings.rows_of(_encodings.encoded(encoder, texts).to(device), batch)
-
-    def _given(self) -> _encodings.Encoding | None:
-        """Embeddings the caller handed to the pipeline itself."""
-        embeds = self._arguments.get("prompt_embeds")
-        if embeds is None:
-            return None
-        masks = (self._arguments.get(name) for name in MASK_NAMES)
-        return _encodings.Encoding.of((embeds, next((m for m in masks if m is not None), None)))
 
     def _warn(self, why: str) -> None:
         if not self._warned:
@@ -313,44 +255,3 @@ def _head(output: Tensor, sample: Tensor) -> Tensor | None:
         head = output[:, : sample.shape[1]]
         return head if head.shape == sample.shape else None
     return None
-
-
-def _as_output(predictions: _denoisers.Predictions, output: Tensor) -> Tensor | None:
-    """The conditional prediction in the form of the scheduler's model output, if that is certain.
-
-    Pipelines turn the denoiser's answer about before the scheduler sees it (signs, variances cut
-    off); what they did is known to be undone when the output lies on the line of the two answers.
-    """
-    c, u = (_tensor(p, output) for p in (predictions.conditional, predictions.unconditional))
-    if c is None:
-        return None
-    if u is None:
-        return None
-    for sign in (1.0, -1.0):
-        step, off = sign * (c - u), output - sign * c
-        along = (step * off).sum() / step.square().sum().clamp_min(1e-20)
-        if (off - along * step).norm() <= 0.02 * output.norm():
-            return sign * c
-    return None
-
-
-def _tensor(prediction: Any, like: Tensor) -> Tensor | None:
-    if isinstance(prediction, (list, tuple)):
-        prediction = torch.stack(list(prediction)) if prediction else None
-    if not isinstance(prediction, Tensor):
-        return None
-    prediction = _working(prediction.detach())
-    if prediction.ndim == like.ndim and prediction.shape[1] > like.shape[1]:
-        prediction = prediction[:, : like.shape[1]]
-    if prediction.numel() != like.numel():
-        return None
-    found: Tensor = prediction.reshape(like.shape)
-    return found
-
-
-def _repeated(embeds: Any, batch: int) -> Any:
-    """Prompts as the denoiser gets them, one for each sample."""
-    times = batch // len(embeds)
-    if isinstance(embeds, Tensor):
-        return embeds if times == 1 else embeds.repeat_interleave(times, 0)
-    return [e for e in embeds for _ in range(times)]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -30,7 +30,7 @@ __all__ = ["Level", "Reading", "fresh_noise", "is_scheduler", "stepping", "suppo
 
 LEAST_ALPHA = 1e-3
 """Flow models start from pure noise, where noise over signal has no number; this bounds it."""
-FLOW_NAMES = ("FlowMatch", "FlowMap", "LTXEulerAncestralRF", "HeliosDMD", "MiniMaxH3")
+FLOW_NAMES = ("FlowMatch", "FlowMap", "LTXEulerAncestralRF", "MiniMaxH3")
 STOCHASTIC = ("Ancestral", "DDPM", "LCM", "SDE", "SASolver", "UnCLIP", "SCM", "CMStochastic")
 """Parts of the names of schedulers that add fresh noise at each step."""
 
@@ -101,10 +101,10 @@ class Reading:
         self.timesteps = scheduler.timesteps
         self.times = [float(t) for t in self.timesteps.reshape(-1).tolist()]
         self.levels = family(scheduler, self.times)
-        noises = sorted({level.noise for level in self.levels if level.noise > 0}, reverse=True)
-        self._ladder = _ladder.Ladder([*noises, 0.0])
         # These name the clean end as a time of its own, at which no step is taken.
         self._steps = len(self.times) - (family in (_trigonometric, _wuerstchen))
+        noises = {level.noise for level in self.levels[: self._steps] if level.noise > 0}
+        self._ladder = _ladder.Ladder([*sorted(noises, reverse=True), 0.0])
         self._last = -1
 
     def is_of(self, scheduler: Any) -> bool:
@@ -113,10 +113,13 @@ class Reading:
 
     def position(self, scheduler: Any, timestep: Any) -> int:
         """Where in the time table the step about to be taken stands."""
-        if hasattr(scheduler, "step_index"):
-            if scheduler.step_index is None:
-                scheduler._init_step_index(timestep)
-            at = int(scheduler.step_index)
+        if getattr(scheduler, "step_index", None) is None and hasattr(
+            scheduler, "_init_step_index"
+        ):
+            scheduler._init_step_index(timestep)  # as its step would
+        known = getattr(scheduler, "step_index", None)
+        if known is not None:
+            at = int(known)
         else:
             at = self._found(float(torch.as_tensor(timestep).reshape(-1)[0]), self._last + 1)
         self._last = at
@@ -195,7 +198,13 @@ def stepping(scheduler: Any, watcher: Watcher) -> Iterator[None]:
             return kind.step(self, *args, **kwargs)
         return watcher(kind.step, signature.bind(self, *args, **kwargs))
 
-    names = {"step": step, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    names: dict[str, Any] = {
+        "step": step,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+    }
+    if not hasattr(kind, "scale_model_input"):  # some pipelines ask unless the type is exact
+        names["scale_model_input"] = lambda _self, sample, *_args, **_kwargs: sample
     scheduler.__class__ = type(kind.__name__, (kind,), names)
     try:
         yield
@@ -203,7 +212,7 @@ def stepping(scheduler: Any, watcher: Watcher) -> Iterator[None]:
         scheduler.__class__ = kind
 
 
-def fresh_noise(scheduler: Any, arguments: dict[str, Any]) -> float:
+def fresh_noise(scheduler: Any, arguments: Mapping[str, Any]) -> float:
     """The share of fresh noise in each step, eta in the terms of DDIM: 0 for ODE solvers.
 
     Args:
@@ -226,7 +235,11 @@ Family: TypeAlias = Callable[[Any, list[float]], list[Level]]
 
 def _family(scheduler: Any) -> Family | None:
     name = type(scheduler).__name__
-    if not hasattr(scheduler, "timesteps") or "Inverse" in name or "RePaint" in name:
+    if "Inverse" in name or "RePaint" in name:
+        return None
+    if hasattr(scheduler, "_alpha_cumprod"):
+        return _wuerstchen  # has no time table until it is set
+    if not hasattr(scheduler, "timesteps"):
         return None
     if hasattr(scheduler, "precondition_outputs"):
         return _preconditioned
@@ -234,10 +247,12 @@ def _family(scheduler: Any) -> Family | None:
         return _consistency
     if name.startswith("SCM"):
         return _trigonometric
-    if hasattr(scheduler, "_alpha_cumprod"):
-        return _wuerstchen
+    if name.startswith("IPNDM"):
+        return _by_table
     if any(flow in name for flow in FLOW_NAMES):
         return _flow
+    if scheduler.config.get("stages", 1) != 1:
+        return None  # Helios: sigmas start anew in each stage, towards that stage's end
     if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
         return _by_sigma
     if hasattr(scheduler, "alphas_cumprod"):
@@ -255,7 +270,6 @@ def _level(alpha: float, sigma: float, prediction: str) -> Level:
         "v_prediction": (alpha / norm**2, -sigma / norm),
         "sample": (0.0, 1.0),
         "flow_prediction": (1.0, -sigma),
-        "trigflow": (alpha, -sigma),
     }
     kind = {"original_sample": "sample", "v-prediction": "v_prediction"}.get(prediction, prediction)
     if kind not in pair:
@@ -304,15 +318,24 @@ def _exploding(scheduler: Any, times: list[float]) -> list[Level]:
 
 def _by_sigma(scheduler: Any, times: list[float]) -> list[Level]:
     """The DPM-Solver family, UniPC, DEIS, SASolver: alpha and sigma as they compute them."""
-    kind = _prediction(scheduler)
-    table = scheduler.sigmas[: len(times)]
-    pairs = (scheduler._sigma_to_alpha_sigma_t(sigma) for sigma in table)
-    return [_level(float(alpha), float(sigma), kind) for alpha, sigma in pairs]
+    kind, found = _prediction(scheduler), []
+    for told in scheduler.sigmas[: len(times)]:
+        alpha, sigma = (float(part) for part in scheduler._sigma_to_alpha_sigma_t(told))
+        level = _level(alpha, sigma, kind)
+        if kind == "flow_prediction":  # read with the table's own number, whatever the scaling
+            level = Level(alpha, sigma, 1.0, -float(told))
+        found.append(level)
+    return found
 
 
 def _flow(scheduler: Any, times: list[float]) -> list[Level]:
     """Flow matching: samples are (1 - sigma) x0 + sigma eps, models predict eps - x0."""
-    return [_level(1 - s, s, "flow_prediction") for s in _sigmas(scheduler, times)]
+    sigmas = _sigmas(scheduler, times)
+    if scheduler.config.get("invert_sigmas", False):  # Mochi: the table names the share of signal
+        return [Level(s, 1 - s, 1.0, 1 - s) for s in sigmas]
+    if type(scheduler).__name__.startswith("MiniMaxH3"):  # predicts x0 - eps
+        return [Level(1 - s, s, 1.0, s) for s in sigmas]
+    return [_level(1 - s, s, "flow_prediction") for s in sigmas]
 
 
 def _preconditioned(scheduler: Any, times: list[float]) -> list[Level]:
@@ -340,8 +363,15 @@ def _consistency(scheduler: Any, times: list[float]) -> list[Level]:
 
 
 def _trigonometric(scheduler: Any, times: list[float]) -> list[Level]:
-    """TrigFlow (SANA-Sprint): times are angles, samples are cos(t) x0 + sin(t) eps."""
-    return [_level(math.cos(t), math.sin(t), "trigflow") for t in times]
+    """TrigFlow (SANA-Sprint): times are angles, samples are cos(t) x0 + sin(t) sigma_data eps."""
+    data = float(scheduler.config.get("sigma_data", 0.5))
+    return [Level(math.cos(t), data * math.sin(t), math.cos(t), -math.sin(t)) for t in times]
+
+
+def _by_table(scheduler: Any, times: list[float]) -> list[Level]:
+    """IPNDM: alpha and sigma by position, models predict v."""
+    pairs = zip(scheduler.alphas.tolist(), scheduler.betas.tolist(), strict=True)
+    return [_level(alpha, sigma, "v_prediction") for alpha, sigma in pairs][: len(times)]
 
 
 def _wuerstchen(scheduler: Any, times: list[float]) -> list[Level]:

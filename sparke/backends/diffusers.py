@@ -9,25 +9,24 @@ nobody here: who has a pipeline has it loaded already.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
-from sparke.backends._pipeline_run import PipelineRun, Prompts, PromptSource, scheduler_of
+from sparke.backends._guided import guided, scheduler_of
+from sparke.backends._pipeline_run import PipelineRun
+from sparke.backends._prompt_reader import Prompts, PromptSource
 from sparke.protocols import Guider
 
 __all__ = ["accepts", "attach"]
 
-PIPELINES = ("DiffusionPipeline", "ModularPipeline")
-
 
 def accepts(target: object) -> bool:
-    """Whether `target` is a pipeline of diffusers, classic or modular."""
+    """Whether `target` is a pipeline of diffusers, modular ones excepted."""
     host = sys.modules.get("diffusers")
-    kinds = (getattr(host, name, None) for name in PIPELINES) if host else ()
-    return any(isinstance(target, kind) for kind in kinds if isinstance(kind, type))
+    kind = getattr(host, "DiffusionPipeline", None) if host else None
+    return isinstance(kind, type) and isinstance(target, kind)
 
 
 def attach(
@@ -54,44 +53,13 @@ def attach(
     Raises:
         UnsupportedTarget: the pipeline has no scheduler, or one that cannot be guided.
     """
-    kind = type(target)
     scheduler_of(target)
     prompts = Prompts(prompt_embeds, prompt_encoder)
-    signature = inspect.signature(kind.__call__)
-    entered: list[type] = []
 
-    @functools.wraps(kind.__call__)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(self, *args, **kwargs)
-        arguments = dict(bound.arguments)
-        for name, parameter in signature.parameters.items():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                arguments.update(arguments.pop(name, {}))
-            elif parameter.default is not inspect.Parameter.empty:
-                arguments.setdefault(name, parameter.default)
-        with PipelineRun(self, guider, arguments, prompts).guiding():
-            return kind.__call__(self, *args, **kwargs)
+    def run(pipeline: Any, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
+        return PipelineRun(pipeline, guider, arguments, prompts).guiding()
 
-    def enter(self: Any) -> Any:
-        entered.append(type(target))
-        target.__class__ = type(self)
-        return self
-
-    def leave(self: Any, *_: object) -> None:
-        target.__class__ = entered.pop()
-
-    names = {
-        "__call__": call,
-        "__enter__": enter,
-        "__exit__": leave,
-        "__wrapped__": target,
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "__doc__": kind.__doc__,
-        "memory": getattr(guider, "memory", None),
-    }
+    names = {"memory": getattr(guider, "memory", None)}
     if "guider" not in vars(target):
         names["guider"] = guider
-    wrapped: Any = object.__new__(type(kind.__name__, (kind,), names))
-    object.__setattr__(wrapped, "__dict__", vars(target))
-    return wrapped
+    return guided(target, run, **names)

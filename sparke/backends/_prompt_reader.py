@@ -1,0 +1,139 @@
+"""The prompts of one call of a pipeline, from wherever they can be read."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparke.backends import _encodings, _prompts
+from sparke.errors import ArgumentError
+
+__all__ = ["MASK_NAMES", "PromptReader", "PromptSource", "Prompts"]
+
+PromptSource: TypeAlias = "_prompts.Prompts | Callable[[Mapping[str, Any]], _prompts.Prompts]"
+MASK_NAMES = ("prompt_embeds_mask", "prompt_attention_mask", "prompt_embeds_attention_mask")
+
+
+@dataclass
+class Prompts:
+    """Where the prompts of a pipeline's calls are read.
+
+    Attributes:
+        embeds: rows, or a function of the call's arguments, in place of the pipeline's own.
+        encoder: list of strings -> (n, c), in place of the pipeline's own.
+        origins: origin of the embeddings, by the encoder they come from.
+    """
+
+    embeds: PromptSource | None = None
+    encoder: Callable[[list[str]], Any] | None = None
+    origins: dict[int, Tensor | None] = field(default_factory=dict)
+
+    @property
+    def own(self) -> bool:
+        """Whether the pipeline's own encoding is what counts."""
+        return self.embeds is None and self.encoder is None
+
+
+class PromptReader:
+    """Prompt embeddings of one call, one row per sample.
+
+    In order of precedence: the rows given to sparke, its encoder's, what the pipeline's own
+    ``encode_prompt`` returned, embeddings among the call's arguments, its class labels.
+
+    Args:
+        pipeline: the pipeline called.
+        prompts: what was given to sparke.
+
+    Attributes:
+        arguments: of the call, by name.
+        origin: (c,) from where the embeddings are to be compared, None for zero.
+    """
+
+    def __init__(self, pipeline: Any, prompts: Prompts, arguments: Mapping[str, Any]) -> None:
+        self._pipeline, self._prompts, self.arguments = pipeline, prompts, arguments
+        self._encoding: _encodings.Encoding | None = None
+        self.origin: Tensor | None = None
+
+    def hear(self, encode: Callable[..., Any], heard: inspect.BoundArguments, result: Any) -> None:
+        """Note what ``encode_prompt`` returned; the first call is for the prompts themselves."""
+        if self._encoding is not None or not self._prompts.own:
+            return
+        self._encoding = _encodings.Encoding.of(result)
+        if self._encoding is None:
+            return
+        key = id(getattr(self._pipeline, "text_encoder", None))
+        if key not in self._prompts.origins:
+            reference = getattr(self._pipeline, "reference_prompts", _encodings.REFERENCE)
+            self._prompts.origins[key] = _encodings.origin(encode, heard, reference)
+        self.origin = self._prompts.origins[key]
+
+    def rows(self, batch: int, device: torch.device) -> Tensor | None:
+        """(batch, c) embeddings to compare, None where the call has no prompts.
+
+        Raises:
+            ShapeError: they do not match the batch.
+            ArgumentError: there is an encoder, and the call has no strings for it.
+        """
+        source = self._prompts.embeds
+        if source is not None:
+            given = source(self.arguments) if callable(source) else source
+            return _prompts.pool(given, batch, device)
+        if self._prompts.encoder is not None:
+            return self._by_encoder(self._prompts.encoder, batch, device)
+        encoding = self._encoding or self.given()
+        if encoding is not None:
+            return _encodings.rows_of(encoding.pooled().to(device), batch)
+        labels = self.arguments.get("class_labels")
+        if labels is None:
+            return None
+        found = torch.as_tensor(labels, device=device).long().reshape(-1)
+        # Classes are either the same or unrelated.
+        return F.one_hot(found, max(1001, int(found.max()) + 1)).float()
+
+    def as_given(self, batch: int, device: torch.device) -> Any:
+        """The conditional prompts as the pipeline hands them to its denoiser, None if unknown."""
+        labels = self.arguments.get("class_labels")
+        if labels is not None:
+            return torch.as_tensor(labels, device=device)
+        encoding = self._encoding or self.given()
+        if encoding is None:
+            return None
+        return _repeated(_encodings.conditional(encoding.embeds, batch), batch)
+
+    def given(self) -> _encodings.Encoding | None:
+        """Embeddings the caller handed to the pipeline itself."""
+        embeds = self.arguments.get("prompt_embeds")
+        if embeds is None:
+            return None
+        masks = (self.arguments.get(name) for name in MASK_NAMES)
+        return _encodings.Encoding.of((embeds, next((m for m in masks if m is not None), None)))
+
+    def _by_encoder(
+        self, encoder: Callable[[list[str]], Any], batch: int, device: torch.device
+    ) -> Tensor:
+        prompt = self.arguments.get("prompt")
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) for t in texts):
+            raise ArgumentError(
+                f"prompt_encoder= encodes the call's prompt, a string or a list of them, got "
+                f"{type(prompt).__name__}. Give prompt_embeds= instead."
+            )
+        origins = self._prompts.origins
+        if id(encoder) not in origins:
+            origins[id(encoder)] = _encodings.encoded(encoder, _encodings.REFERENCE).mean(0)
+        self.origin = origins[id(encoder)]
+        return _encodings.rows_of(_encodings.encoded(encoder, texts).to(device), batch)
+
+
+def _repeated(embeds: Any, batch: int) -> Any:
+    """Prompts as the denoiser gets them, one for each sample."""
+    times = batch // len(embeds)
+    if isinstance(embeds, Tensor):
+        return embeds if times == 1 else embeds.repeat_interleave(times, 0)
+    return [e for e in embeds for _ in range(times)]
