@@ -9,6 +9,7 @@ The artwork it was trained on, its authors and licences are in the file ``NOTICE
 
 from sparke.models.emoji.judge import Judge, Verdict, load_judge
 from sparke.models.emoji.model import EmojiModel, load
+from sparke.models.emoji.pipeline import pipeline
 from sparke.models.emoji.prompts import UnknownWords, Vocabulary
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Vocabulary",
     "load",
     "load_judge",
+    "pipeline",
 ]
 
 EVALUATION_PROMPTS = (
