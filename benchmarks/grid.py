@@ -19,7 +19,8 @@ import torch
 
 import sparke
 from benchmarks import _report
-from benchmarks.emoji_bed import PROMPTS, EmojiBed, Figures
+from benchmarks.bed import Figures
+from benchmarks.emoji_bed import PROMPTS, EmojiBed
 
 KEYS = ("modes", "names", "names_cnn")
 SAMPLES = 48 * len(PROMPTS)

@@ -11,33 +11,10 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import sparke
 from benchmarks import _report
-from benchmarks.emoji_bed import EmojiBed, sampling
-
-
-def generate(
-    bed: EmojiBed,
-    guider: sparke.Guider | None,
-    prompts: list[str],
-    cfg: float,
-    steps: int,
-    noise: Tensor,
-) -> Tensor:
-    """One sample after another."""
-    sampler = sampling.sample_dpmpp_2m
-    if guider is not None:
-        sampler = sparke.wrap(sampler, guider=guider)
-    embeds, sigmas = bed.model.encode(prompts), bed.model.sigmas(steps)
-    made = []
-    with torch.no_grad():
-        for i in range(len(prompts)):
-            extra = {"cond": embeds[i : i + 1], "cond_scale": cfg}
-            x = noise[i : i + 1]
-            made.append(sampler(bed.model, x, sigmas, extra_args=extra, disable=True))
-    return torch.cat(made)
+from benchmarks.emoji_bed import EmojiBed
 
 
 def main() -> None:
@@ -59,7 +36,6 @@ def main() -> None:
     prompts = [chosen[i % len(chosen)] for i in order]
     shape = (len(prompts), *bed.model.latent_shape)
     noise = torch.randn(shape, generator=generator) * bed.model.sigma_max
-    ids = bed.judge.ids(prompts)
 
     guiders: dict[str, sparke.Guider | None] = {
         "unguided": None,
@@ -70,15 +46,17 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name, guider in guiders.items():
         start = time.perf_counter()
-        latents = generate(bed, guider, prompts, args.cfg, args.steps, noise)
-        verdict = bed.judge(bed.model.decode(latents))
-        nearest, network = bed.judge.name_accuracy(verdict, ids)
+        made = [
+            bed.run(guider, x[None], [prompt], args.cfg, args.steps)
+            for x, prompt in zip(noise, prompts, strict=True)
+        ]
+        figures = bed.judged(torch.cat(made), prompts)
         rows.append(
             {
                 "guidance": name,
-                "modes per prompt": bed.judge.effective_modes(verdict, ids),
-                "names": nearest,
-                "names, CNN": network,
+                "modes per prompt": figures.modes,
+                "names": figures.names,
+                "names, CNN": figures.names_cnn,
                 "ms per sample": (time.perf_counter() - start) / len(prompts) * 1e3,
             }
         )

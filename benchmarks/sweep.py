@@ -11,24 +11,17 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from benchmarks import _report
-from benchmarks.emoji_bed import EmojiBed, Figures, MakeGuider
+from benchmarks.bed import Bed, Figures
+from benchmarks.emoji_bed import EmojiBed
 from benchmarks.mixture_bed import MixtureBed
 from sparke import DiversityGuider
 from sparke.kernels import QuantileRule
 from sparke.schedules import RemainingNoise
-
-
-class Bed(Protocol):
-    model: Any
-
-    def sequential(self, make: MakeGuider, cfg: float, steps: int, seed: int) -> Figures: ...
-
-    def batches(self, make: MakeGuider, cfg: float, steps: int, seed: int) -> Figures: ...
 
 
 @dataclass(frozen=True)

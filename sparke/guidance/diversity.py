@@ -9,8 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparke import checks, scores
-from sparke.errors import ArgumentError, GuidanceWarning, NonFiniteGuidance, ShapeError
+from sparke import checks, schedules, scores
+from sparke.errors import (
+    ArgumentError,
+    GuidanceWarning,
+    NonFiniteGuidance,
+    ShapeError,
+    UnknownName,
+)
 from sparke.guidance import _banks, _vectors
 from sparke.kernels import normalize
 from sparke.memory import RingMemory
@@ -26,13 +32,15 @@ from sparke.protocols import (
     State,
     Step,
 )
-from sparke.schedules import EveryNth, RemainingNoise, Schedule
+from sparke.schedules import EveryNth, FewSteps, RemainingNoise, Schedule
 
 __all__ = ["DiversityGuider"]
 
 SCALE = 0.4
 LOWEST = 0.3
 """Samples repel each other above this sigma, in units of `sigma_data`."""
+FEW_STEPS_LOWEST = 2.0
+"""The same under the schedule "few-step", which is stronger and must end sooner."""
 FRESH_NOISE = 2.0
 """Fresh noise washes earlier pushes out: at eta 1 they are stronger by 1 plus this."""
 HANDOVER = 1.6
@@ -66,7 +74,8 @@ class DiversityGuider:
         memory: where finished samples go; a new [RingMemory][sparke.memory.RingMemory] if None.
         scale: length of the push in units of the schedule; 0 leaves the host bit-identical.
         schedule: length of the push at a [Step][sparke.protocols.Step], in the host's units;
-            ``RemainingNoise(0.3 * sigma_data, power=1)`` if None.
+            ``RemainingNoise(0.3 * sigma_data, power=1)`` if None; ``"few-step"`` for models of 4 to
+            8 steps: ``FewSteps(2 * sigma_data)``.
         reads: what the score sees: ``"denoised"``; ``"conditional"``, the prediction before
             classifier-free guidance (costs an evaluation where that is on); or ``"noisy"``, the
             state itself against clean memory, as published.
@@ -97,7 +106,7 @@ class DiversityGuider:
         memory: Memory | None = None,
         *,
         scale: float = SCALE,
-        schedule: Schedule | None = None,
+        schedule: Schedule | str | None = None,
         reads: str = "denoised",
         direction: str = "unit",
         gate: bool = True,
@@ -119,6 +128,8 @@ class DiversityGuider:
             )
         self.scale = checks.positive("scale", scale, zero=True)
         self.schedule = schedule
+        if isinstance(schedule, str) and schedule not in schedules.NAMES:
+            raise UnknownName("schedule", schedule, schedules.NAMES)
         self.reads = checks.choice("reads", reads, ("denoised", "conditional", "noisy"))
         self.direction = checks.choice("direction", direction, ("unit", "raw"))
         self.displaces = checks.choice("displaces", displaces, ("denoised", "latents"))
@@ -184,7 +195,7 @@ class DiversityGuider:
         _banks.check(self.score, run)
         self._sigma_data = self.sigma_data or run.sigma_data or 1.0
         self._gain = 1 + FRESH_NOISE * run.eta
-        self._strength = self.schedule or RemainingNoise(LOWEST * self._sigma_data, power=1)
+        self._strength = self._scheduled(self._sigma_data)
         self._banks = _banks.freeze(
             self.score, self.memory, run, in_batch=self.in_batch, flat=self.features is None
         )
@@ -231,6 +242,11 @@ class DiversityGuider:
         else:
             lo, hi = self.cfg_interval
         return guidance_scale if lo < step.sigma <= hi else 1.0
+
+    def _scheduled(self, sigma_data: float) -> Schedule:
+        if isinstance(self.schedule, str):
+            return FewSteps(FEW_STEPS_LOWEST * sigma_data)
+        return self.schedule or RemainingNoise(LOWEST * sigma_data, power=1)
 
     def _rows(self, x: Tensor) -> Tensor:
         rows = x.flatten(1) if self.features is None else self.features(x)
