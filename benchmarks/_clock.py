@@ -16,7 +16,11 @@ import torch
 
 
 class Clock:
-    """Splits time among parts; a part that runs inside another does not count for the outer one."""
+    """Splits time among parts; a part that runs inside another does not count for the outer one.
+
+    On a CPU it is the time this process computed, which other processes cannot stretch; all threads
+    count, waiting ones too, so one thread tells the most. On CUDA it is wall time between waits.
+    """
 
     def __init__(self, device: str, *, on: bool = True) -> None:
         self.spent: list[tuple[str, float]] = []
@@ -51,7 +55,7 @@ class Clock:
     def _turn(self) -> None:
         if self._cuda:
             torch.cuda.synchronize()
-        now = time.perf_counter()
+        now = time.perf_counter() if self._cuda else time.process_time()
         if self._open:
             name, seconds = self._open[-1]
             self._open[-1] = (name, seconds + now - self._last)

@@ -17,11 +17,12 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"protocols"}),
     frozenset({"checks", "_discover"}),
     frozenset({"kernels", "entropy", "ops", "schedules"}),
-    frozenset({"scores", "memory", "models", "metrics"}),
+    frozenset({"scores", "memory", "models", "metrics", "features"}),
     frozenset({"guidance"}),
-    frozenset({"backends"}),
+    frozenset({"backends", "_guiders"}),
     frozenset({"testing"}),
-    frozenset({"_wrap"}),
+    frozenset({"_wrap", "_callback"}),
+    frozenset({"compat"}),
     frozenset({"__init__"}),
     frozenset({"_cli"}),
     frozenset({"cli"}),
@@ -33,7 +34,7 @@ RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}
 ALONE = frozenset({"errors", "protocols"})
 
 # One file per member; what members share is in a file that starts with an underscore.
-FAMILIES = frozenset({"scores", "memory", "guidance", "backends"})
+FAMILIES = frozenset({"scores", "memory", "guidance", "backends", "features"})
 
 Import = tuple[str, str, int]  # importing module, imported module, line
 

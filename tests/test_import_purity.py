@@ -45,7 +45,16 @@ def brought_in(module: str, path: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["sparke", "sparke.backends.k_diffusion", "sparke.models.emoji", "sparke.metrics"],
+    [
+        "sparke",
+        "sparke.backends.diffusers",
+        "sparke.backends.k_diffusion",
+        "sparke.backends.modular",
+        "sparke.compat",
+        "sparke.features",
+        "sparke.metrics",
+        "sparke.models.emoji",
+    ],
 )
 def test_importing_brings_in_no_host(module: str) -> None:
     loaded = brought_in(module, ROOT)
