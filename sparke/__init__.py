@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from sparke import memory as memory
 from sparke import metrics as metrics
+from sparke._callback import callback as callback
 from sparke._wrap import wrap as wrap
 from sparke.errors import SparkeError as SparkeError
 from sparke.guidance import DiversityGuider as DiversityGuider
@@ -36,6 +37,7 @@ __all__ = [
     "Score",
     "SparkeError",
     "Step",
+    "callback",
     "memory",
     "metrics",
     "score",

@@ -25,6 +25,7 @@ GUIDED = re.compile(
 )
 """One prediction plus the scale, as the instance has it now, times the difference of two."""
 LOCAL = re.compile(r"current_guidance_scale = guidance_scale")
+IGNORED = re.compile(r"^\s*callback_on_step_end\(", re.MULTILINE)
 CONDITIONAL_FIRST = re.compile(r"cat\(\[\s*prompt_embeds, negative_prompt_embeds")
 
 
@@ -55,16 +56,16 @@ def default(pipeline: Any, name: str) -> Any:
 
 
 def takes_latents(pipeline: Any) -> bool:
-    """Whether the pipeline goes on with the latents that a callback returns."""
+    """Whether the pipeline looks at what a callback returns; some call it for its own sake."""
     source = _source(pipeline, "__call__")
-    return not source or re.search(r"pop\(\s*\"latents\"", source) is not None
+    return IGNORED.search(source) is None
 
 
 def encoding(pipeline: Any, embeds: Any, batch: int) -> _encodings.Encoding | None:
     """The prompts in the callback's ``prompt_embeds``; None if they are no embeddings.
 
-    Rows of negative prompts beside them are dropped. A mask is not among a callback's tensors: where
-    the encoder has one, tokens of zeros are padding.
+    Rows of negative prompts beside them are dropped. A mask is not among a callback's tensors:
+    where the encoder has one, tokens of zeros are padding.
     """
     if len(embeds) in (2 * batch, 3 * batch):
         source = _source(pipeline, "__call__", "encode_prompt", "_encode_prompt")
@@ -103,7 +104,8 @@ def origin(pipeline: Any, embeds: Any) -> Tensor | None:
         return None
     if isinstance(embeds, Tensor) and embeds.ndim == 3:
         heard = _of_length(encode, heard, embeds.shape[1])
-    return _encodings.origin(encode, heard)
+    reference = getattr(pipeline, "reference_prompts", _encodings.REFERENCE)
+    return _encodings.origin(encode, heard, reference)
 
 
 def _as_called(pipeline: Any, encode: Callable[..., Any]) -> inspect.BoundArguments | None:

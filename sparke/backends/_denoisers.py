@@ -23,7 +23,7 @@ EMBEDS = ("encoder_hidden_states", "class_labels", "cap_feats", "prompt_embeds",
 """Keywords under which they hand it the prompts, most telling first."""
 
 CERTAIN = 0.02
-"""How far off their line, relatively, the output of half precision arithmetic may lie."""
+"""How far off their plane, relatively, the output of half precision arithmetic may lie."""
 
 Rows: TypeAlias = "Tensor | Sequence[Tensor]"
 Call: TypeAlias = Callable[..., Any]
@@ -136,7 +136,8 @@ class Predictions:
         """The conditional prediction in the form of a scheduler's model output, if that is certain.
 
         Pipelines turn the answers about before the scheduler sees them (signs, variances cut off);
-        what they did is known to be undone when the output lies on the line of the two answers.
+        what they did is known when the output is s c + t (c - u) for numbers s and t of each
+        sample, or of each token: s is then 1 or -1, times what it was rescaled by.
 
         Args:
             output: what the scheduler was given, in float32 or better.
@@ -144,12 +145,10 @@ class Predictions:
         c, u = (_in_form(p, output) for p in (self.conditional, self.unconditional))
         if c is None or u is None:
             return None
-        for sign in (1.0, -1.0):
-            step, off = sign * (c - u), output - sign * c
-            along = (step * off).sum() / step.square().sum().clamp_min(1e-20)
-            if (off - along * step).norm() <= CERTAIN * output.norm():
-                return sign * c
-        return None
+        sign = _sign(c, u, output, 1)
+        if sign is None and output.ndim == 3:  # rescaled token by token
+            sign = _sign(c, u, output, 2)
+        return None if sign is None else sign * c
 
     def _told_apart(self, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         if self.known is None:
@@ -247,3 +246,27 @@ def _in_form(prediction: Any, like: Tensor) -> Tensor | None:
         return None
     found: Tensor = prediction.detach().to(like).reshape(like.shape)
     return found
+
+
+def _sign(c: Tensor, u: Tensor, output: Tensor, dims: int) -> float | None:
+    """The sign of c in an output that is combined of c and u, None if it is not.
+
+    Args:
+        c: conditional answer.
+        u: unconditional answer.
+        output: to be combined of them.
+        dims: leading dimensions that have factors of their own.
+    """
+    answer, difference, wanted = (t.double().flatten(dims) for t in (c, c - u, output))
+    rows = torch.stack([answer, difference], -2)
+    gram = rows @ rows.mT
+    ridge = 1e-9 * gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).clamp_min(1e-30)
+    gram = gram + torch.diag_embed(ridge.expand(*gram.shape[:-1]))
+    factors = torch.linalg.solve(gram, (rows @ wanted[..., None]))
+    left = wanted - (rows.mT @ factors).squeeze(-1)
+    if left.norm() > CERTAIN * wanted.norm():
+        return None
+    signs = factors[..., 0, 0]
+    if bool((signs > 0).all()):
+        return 1.0
+    return -1.0 if bool((signs < 0).all()) else None

@@ -58,8 +58,13 @@ class Encoding:
         self.embeds, self.mask = embeds, mask
 
     @classmethod
-    def of(cls, result: Any) -> Encoding | None:
-        """From the result of an ``encode_prompt``: embeddings of the prompt come first."""
+    def of(cls, result: Any, images: int = 1) -> Encoding | None:
+        """From the result of an ``encode_prompt``: embeddings of the prompt come first.
+
+        Args:
+            result: of the call.
+            images: rows for each prompt.
+        """
         parts = list(result) if isinstance(result, tuple) else [result]
         embeds = parts[0] if parts else None
         if isinstance(embeds, list) and embeds and all(isinstance(e, Tensor) for e in embeds):
@@ -67,7 +72,8 @@ class Encoding:
         if not isinstance(embeds, Tensor) or not embeds.is_floating_point() or embeds.ndim < 2:
             return None
         masks = (p for p in parts[1:] if isinstance(p, Tensor) and p.shape == embeds.shape[:2])
-        return cls(embeds, next((m for m in masks if embeds.ndim == 3 and not _real(m)), None))
+        mask = next((m for m in masks if embeds.ndim == 3 and not _real(m)), None)
+        return cls(embeds, None if mask is None else _in_order(mask, images))
 
     def pooled(self) -> Tensor:
         """(n, c) float32, the mean of each prompt's tokens."""
@@ -191,6 +197,19 @@ def encoded(encoder: Callable[[list[str]], Any], prompts: Sequence[str]) -> Tens
     if not isinstance(embeds, Tensor):
         embeds = torch.as_tensor(embeds)
     return _prompts.pool(embeds, len(prompts), embeds.device)
+
+
+def _in_order(mask: Tensor, images: int) -> Tensor:
+    """A mask with the rows of each prompt together, as those of its embeddings are.
+
+    Some hosts repeat it as a whole: m0, m1, m0, m1 beside e0, e0, e1, e1.
+    """
+    if images < 2 or len(mask) % images or len(mask) == images:
+        return mask
+    together = mask.unflatten(0, (-1, images))
+    if bool((together == together[:, :1]).all()):
+        return mask
+    return mask[: len(mask) // images].repeat_interleave(images, 0)
 
 
 def _real(mask: Tensor) -> bool:

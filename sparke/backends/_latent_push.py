@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparke.backends._schedulers import LEAST_ALPHA, Level, Reading
+from sparke.backends._families import Level
+from sparke.backends._schedulers import Reading
 from sparke.protocols import Step
 
 __all__ = ["Passed", "Track"]
@@ -184,7 +185,7 @@ class Track:
                 return converted
             noise = converted
         if noise is not None:
-            if self._x is not None and level.alpha > LEAST_ALPHA:
+            if self._x is not None and level.alpha == level.scale:
                 return (self._x - level.sigma * noise) / level.alpha
             # A first step is one of first order.
             return None if self._eta else (after - end.sigma * noise) / end.alpha

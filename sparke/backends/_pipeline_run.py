@@ -19,6 +19,8 @@ from sparke.protocols import GuidanceScaleHook, Guider, Run, State
 __all__ = ["PipelineRun"]
 
 SCALE_NAMES = ("true_cfg_scale", "guidance_scale")
+FROM_ZERO = ("ZImage", "Kandinsky3")
+"""Pipelines that add their scale times the difference to the conditional prediction."""
 
 
 class PipelineRun:
@@ -109,7 +111,8 @@ class PipelineRun:
     def _guidance_scale(self) -> float:
         """The host's scale; any but 1 where it is not told, since guidance is being done."""
         told = (self._prompts.arguments.get(name) for name in SCALE_NAMES)
-        return next((float(s) for s in told if isinstance(s, (int, float))), 2.0)
+        scale = next((float(s) for s in told if isinstance(s, (int, float))), 2.0)
+        return scale + any(name in type(self._pipeline).__name__ for name in FROM_ZERO)
 
     def _on_step(self, step: Callable[..., Any], bound: Any) -> Any:
         given = bound.arguments

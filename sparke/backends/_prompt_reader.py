@@ -62,16 +62,12 @@ class PromptReader:
 
     def hear(self, encode: Callable[..., Any], heard: inspect.BoundArguments, result: Any) -> None:
         """Note what ``encode_prompt`` returned; the first call is for the prompts themselves."""
-        if self._encoding is not None or not self._prompts.own:
+        if self._encoding is not None:
             return
-        self._encoding = _encodings.Encoding.of(result)
-        if self._encoding is None:
-            return
-        key = id(getattr(self._pipeline, "text_encoder", None))
-        if key not in self._prompts.origins:
-            reference = getattr(self._pipeline, "reference_prompts", _encodings.REFERENCE)
-            self._prompts.origins[key] = _encodings.origin(encode, heard, reference)
-        self.origin = self._prompts.origins[key]
+        images = heard.arguments.get("num_images_per_prompt")
+        self._encoding = _encodings.Encoding.of(result, images if isinstance(images, int) else 1)
+        if self._encoding is not None and self._prompts.own:
+            self._find_origin(encode, heard)
 
     def rows(self, batch: int, device: torch.device) -> Tensor | None:
         """(batch, c) embeddings to compare, None where the call has no prompts.
@@ -87,6 +83,12 @@ class PromptReader:
         if self._prompts.encoder is not None:
             return self._by_encoder(self._prompts.encoder, batch, device)
         encoding = self._encoding or self.given()
+        encode = getattr(self._pipeline, "encode_prompt", None)
+        if self._encoding is None and encoding is not None and callable(encode):
+            # The call's own embeddings went past the encoder; it can still tell their origin.
+            signature = inspect.signature(encode)
+            if "prompt" in signature.parameters:
+                self._find_origin(encode, signature.bind_partial(prompt=[]))
         if encoding is not None:
             return _encodings.rows_of(encoding.pooled().to(device), batch)
         labels = self.arguments.get("class_labels")
@@ -113,6 +115,15 @@ class PromptReader:
             return None
         masks = (self.arguments.get(name) for name in MASK_NAMES)
         return _encodings.Encoding.of((embeds, next((m for m in masks if m is not None), None)))
+
+    def _find_origin(self, encode: Callable[..., Any], heard: inspect.BoundArguments) -> None:
+        encoder = getattr(self._pipeline, "text_encoder", None)
+        if encoder is None and hasattr(self._pipeline, "text_encoder"):
+            return  # unloaded: there is nothing to ask
+        if id(encoder) not in self._prompts.origins:
+            reference = getattr(self._pipeline, "reference_prompts", _encodings.REFERENCE)
+            self._prompts.origins[id(encoder)] = _encodings.origin(encode, heard, reference)
+        self.origin = self._prompts.origins[id(encoder)]
 
     def _by_encoder(
         self, encoder: Callable[[list[str]], Any], batch: int, device: torch.device

@@ -194,10 +194,15 @@ class DiversityGuider:
         self._banks = None
         _banks.check(self.score, run)
         self._sigma_data = self.sigma_data or run.sigma_data or 1.0
-        self._gain = 1 + FRESH_NOISE * run.eta
+        # The few-step schedule was measured with fresh noise, and is strong enough for it.
+        self._gain = 1.0 if isinstance(self.schedule, str) else 1 + FRESH_NOISE * run.eta
         self._strength = self._scheduled(self._sigma_data)
         self._banks = _banks.freeze(
-            self.score, self.memory, run, in_batch=self.in_batch, flat=self.features is None
+            self.score,
+            self.memory,
+            run,
+            in_batch=self.in_batch,
+            flat=self.features in (None, _unit_rows),
         )
 
     def __call__(self, state: State) -> Tensor:
