@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -27,12 +27,14 @@ class Prompts:
     Attributes:
         embeds: rows, or a function of the call's arguments, in place of the pipeline's own.
         encoder: list of strings -> (n, c), in place of the pipeline's own.
-        origins: origin of the embeddings, by the encoder they come from.
+        origins: origin of the embeddings, by the encoder they come from and how it was called.
+        asked: those encoders, kept so that none comes in the place of another.
     """
 
     embeds: PromptSource | None = None
     encoder: Callable[[list[str]], Any] | None = None
-    origins: dict[int, Tensor | None] = field(default_factory=dict)
+    origins: dict[Hashable, Tensor | None] = field(default_factory=dict)
+    asked: list[Any] = field(default_factory=list)
 
     @property
     def own(self) -> bool:
@@ -85,7 +87,9 @@ class PromptReader:
         encoding = self._encoding or self.given()
         encode = getattr(self._pipeline, "encode_prompt", None)
         if self._encoding is None and encoding is not None and callable(encode):
-            # The call's own embeddings went past the encoder; it can still tell their origin.
+            # The call's own embeddings went past the encoder; it can still tell their origin. They
+            # are noted first, as what it says to the reference prompts is heard too.
+            self._encoding = encoding
             signature = inspect.signature(encode)
             if "prompt" in signature.parameters:
                 self._find_origin(encode, signature.bind_partial(prompt=[]))
@@ -120,10 +124,17 @@ class PromptReader:
         encoder = getattr(self._pipeline, "text_encoder", None)
         if encoder is None and hasattr(self._pipeline, "text_encoder"):
             return  # unloaded: there is nothing to ask
-        if id(encoder) not in self._prompts.origins:
+        ways = tuple(
+            (name, value)
+            for name, value in heard.arguments.items()
+            if isinstance(value, (bool, int, float)) and not name.startswith(("num_", "do_"))
+        )
+        key = (id(encoder), ways)
+        if key not in self._prompts.origins:
             reference = getattr(self._pipeline, "reference_prompts", _encodings.REFERENCE)
-            self._prompts.origins[id(encoder)] = _encodings.origin(encode, heard, reference)
-        self.origin = self._prompts.origins[id(encoder)]
+            self._prompts.origins[key] = _encodings.origin(encode, heard, reference)
+            self._prompts.asked.append(encoder)
+        self.origin = self._prompts.origins[key]
 
     def _by_encoder(
         self, encoder: Callable[[list[str]], Any], batch: int, device: torch.device
