@@ -8,48 +8,36 @@ of conditional RKE for one new sample, in the same run, on the same rows.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
-from statistics import median
 
 import torch
 from torch import Tensor
 
-from benchmarks import _report
-from sparke import Features
+from benchmarks import _limits, _report
+from sparke import Features, ops
 from sparke.protocols import Selection
 from sparke.scores import CondRKE
 
 S_IMAGE, S_TEXT = 60.0, 0.35
 
 
-def straightforward(z: Tensor, p: Tensor, bank: Tensor, prompts: Tensor) -> Tensor:
+def straightforward(
+    z: Tensor, p: Tensor, bank: Tensor, prompts: Tensor, width: float = S_IMAGE
+) -> Tensor:
     """Gradient of log conditional RKE by autograd through the whole kernel matrices."""
     z = z.detach().requires_grad_()
     x, t = torch.cat([bank, z]), torch.cat([prompts, p])
-    k_x = torch.exp(-torch.cdist(x, x).square() / (2 * S_IMAGE**2))
+    k_x = torch.exp(-torch.cdist(x, x).square() / (2 * width**2))
     k_t = torch.exp(-torch.cdist(t, t).square() / (2 * S_TEXT**2))
     score = torch.log(k_t.square().sum() / (k_x * k_t).square().sum())
     (gradient,) = torch.autograd.grad(score, z)
     return gradient
 
 
-def timed(run: Callable[[], Tensor], repeats: int) -> float:
-    """Median seconds of one call."""
-    run()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return median(seconds)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=4000)
     parser.add_argument("--width", type=int, default=16384)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
 
     generator = torch.Generator().manual_seed(0)
@@ -59,15 +47,23 @@ def main() -> None:
     p = prompts[:1]
     score = CondRKE(bandwidth=S_IMAGE, cond_bandwidth=S_TEXT)
     query = Features(z, p)
-    # The prompt weights are computed once per generation, as in a run.
-    selection = Selection(bank, prompts, score.log_weight(p, prompts))
+    # Prompt weights and norms are computed once per generation, as in a run.
+    norms, center = ops.squared_norms(bank)
+    weight = score.log_weight(p, prompts)
+    selection = Selection(bank, prompts, weight, norms=norms, center=center)
 
     ours = score.direction(query, selection)
     theirs = straightforward(z, p, bank, prompts)
     cosine = float(torch.nn.functional.cosine_similarity(ours, theirs))
-    fast = timed(lambda: score.direction_and_crowding(query, selection)[0], args.repeats)
-    slow = timed(lambda: straightforward(z, p, bank, prompts), 1)
-    read = timed(lambda: bank.sum(), args.repeats)
+    seconds = _limits.side_by_side(
+        {
+            "read": _limits.reading(bank),
+            "sparke": lambda: score.direction_and_crowding(query, selection),
+        },
+        args.repeats,
+    )
+    read, fast = seconds["read"], seconds["sparke"]
+    slow = _limits.side_by_side({"": lambda: straightforward(z, p, bank, prompts)}, 0)[""]
 
     rows = [
         {"way": "sparke", "seconds": fast, "against reading once": fast / read},

@@ -68,10 +68,16 @@ class Selection(Features):
             where it has one.
         mates: the rows are the queries themselves, still being generated, row i hidden from
             query i.
+        norms: (n,) squared norms of ``x - center``, in float32 or better, from
+            [squared_norms][sparke.ops.squared_norms]; they spare each step a reading of the rows.
+            None: not known. Whoever changes `x` leaves them out.
+        center: (d,) the point the norms are about; given together with them.
     """
 
     log_weight: Tensor | None = None
     mates: bool = False
+    norms: Tensor | None = None
+    center: Tensor | None = None
 
 
 @dataclass(frozen=True)

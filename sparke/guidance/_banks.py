@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparke import ops
 from sparke.errors import ArgumentError, MissingPrompts, ShapeError
 from sparke.protocols import (
     Calibrated,
@@ -111,7 +112,12 @@ def _select(score: Score, memory: Memory, run: Run, *, flat: bool) -> Selection:
             f"latents of shape {tuple(run.shape[1:])} have {width} numbers and memory holds rows "
             f"of width {bank.x.shape[1]}. Latents of another size or model need their own memory."
         )
-    return Selection(bank.x.to(run.device), bank.cond, bank.log_weight)
+    x = bank.x.to(run.device)
+    norms, center = bank.norms, bank.center
+    if norms is None or center is None:
+        norms, center = ops.squared_norms(x)
+    norms, center = norms.to(run.device), center.to(run.device)
+    return Selection(x, bank.cond, bank.log_weight, norms=norms, center=center)
 
 
 def _mates(score: Score, run: Run) -> Tensor:

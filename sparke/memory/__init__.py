@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sparke.memory._folder import MemoryFileWarning as MemoryFileWarning
+from sparke.memory.disk import DiskMemory as DiskMemory
 from sparke.memory.ring import RingMemory as RingMemory
 
-__all__ = ["RingMemory"]
+__all__ = ["DiskMemory", "MemoryFileWarning", "RingMemory"]

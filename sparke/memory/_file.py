@@ -8,12 +8,12 @@ import stat
 import tempfile
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
 from sparke.errors import MemoryFileError
+from sparke.memory import _rules
 
 FORMAT = "sparke-memory"
 VERSION = "1"
@@ -81,7 +81,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
             f"{target} is not a readable safetensors file, or it is damaged: {error}"
         ) from error
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not _rules.all_finite(tensor):
             raise MemoryFileError(f"{target} is damaged: {name!r} holds NaN or infinity.")
     return tensors, meta
 

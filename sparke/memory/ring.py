@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from sparke import checks
-from sparke.errors import ArgumentError, MemoryFileError, MissingPrompts, ShapeError
-from sparke.kernels import prompt_log_weight
-from sparke.memory import _file
+from sparke.errors import ArgumentError, MemoryFileError
+from sparke.memory import _file, _gate, _rules
 from sparke.protocols import Features, Selection, Weigh
 
 __all__ = ["RingMemory"]
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-COND_BANDWIDTH = 0.35
 
 
 class RingMemory:
@@ -25,15 +21,24 @@ class RingMemory:
     Storage is allocated once, at the first commit, and written in place. Rows may be stored in half
     precision; whoever reads them gets float32.
 
+    Asked by prompt, it hands out the rows that can matter: rows are left out, smallest prompt
+    weights first, as long as for every query their weights sum to at most ``tolerance/2`` of all
+    its weights together (of one row, where these are fewer). The pull of an order-2 score, crowding
+    times distance to the weighted mean, then changes by at most `tolerance` times the diameter of
+    the bank, provided that rows of other prompts are on average no nearer than the rest; the
+    derivation is in ``sparke/memory/_gate.py``. The newest 256 rows and those of the same prompt
+    are always kept, so calibrated bandwidths do not change.
+
     It is not shared between processes and not thread-safe.
 
     Args:
         capacity: rows kept, at least 1.
         dtype: of the stored rows: float32, float16 or bfloat16. Prompts are kept in float32.
         device: where rows are kept; that of the first commit if None.
+        tolerance: share of the prompt weights that may be left out, twice; 0 hands out every row.
 
     Raises:
-        ArgumentError: capacity below 1 or another dtype.
+        ArgumentError: capacity below 1, another dtype, tolerance not in [0, 1).
     """
 
     def __init__(
@@ -41,13 +46,14 @@ class RingMemory:
         capacity: int = 1024,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        *,
+        tolerance: float = _gate.TOLERANCE,
     ) -> None:
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
             raise ArgumentError(f"capacity must be a whole number above 0, got {capacity!r}.")
-        if dtype not in DTYPES:
-            raise ArgumentError(f"dtype must be one of {DTYPES}, got {dtype!r}.")
         self.capacity = capacity
-        self.dtype = dtype
+        self.dtype = _rules.check_dtype("dtype", dtype, _rules.DTYPES)
+        self.tolerance = _gate.check_tolerance(tolerance)
         self.device = None if device is None else torch.device(device)
         self.clear()
 
@@ -84,19 +90,20 @@ class RingMemory:
 
         Nothing is written when an error is raised.
         """
-        x, cond = self._admit(items)
+        x, cond = _rules.admit(items, self._widths, self.dtype)
         if len(x):
             # Storage made under a host's inference mode could not be written to outside it.
             with torch.inference_mode(False):
                 self._append(x, cond)
 
     def select(self, cond: Tensor | None = None, weigh: Weigh | None = None) -> Selection:
-        """All rows in float32, oldest first, weighted by their prompts.
+        """The rows that matter for these prompts in float32, oldest first, with log weights.
 
         Args:
-            cond: (b, c) prompts of the samples to come; None leaves rows unweighted.
+            cond: (b, c) prompts of the samples to come; None hands out every row, unweighted.
             weigh: prompt kernel, (b, c), (n, c) -> (b, n) log weights; the published one
-                (Gaussian, bandwidth 0.35, squared) if None.
+                (Gaussian, bandwidth 0.35, squared) if None. It may be called on a part of the rows
+                at a time.
 
         Raises:
             MissingPrompts: `cond` is given and the rows here were committed without prompts.
@@ -105,28 +112,21 @@ class RingMemory:
         device = cond.device if cond is not None else self.device
         if self._x is None:
             return Selection(torch.zeros(0, 0, device=device), None, None)
-        x, rows_cond = self._in_order(self._x).float(), None
-        if self._cond is not None:
-            rows_cond = self._in_order(self._cond)
+        kept = self._cond
         if cond is None:
-            return Selection(x, rows_cond)
-        if rows_cond is None:
-            raise MissingPrompts(
-                "this memory holds samples without prompts, so it cannot be read by prompt. Use an "
-                "unconditional score, or a memory filled with prompt_embeds."
-            )
-        if cond.ndim != 2 or cond.shape[1] != rows_cond.shape[1]:
-            raise ShapeError(
-                f"prompt_embeds must be (batch, {rows_cond.shape[1]}) as those in memory, got "
-                f"{tuple(cond.shape)}. One memory serves one text encoder."
-            )
-        x, rows_cond = x.to(cond.device), rows_cond.to(cond.device)
-        query = cond.detach().float()
-        if weigh is None:
-            weight = prompt_log_weight(query, rows_cond, COND_BANDWIDTH)
+            rows_cond = None if kept is None else self._in_order(kept)
+            return Selection(self._in_order(self._x).float(), rows_cond)
+        query = _rules.asked(cond, None if kept is None else kept.shape[1])
+        assert kept is not None
+        weight = _gate.log_weights(query, self._prompts(kept), weigh)
+        index = _gate.keep(weight, self.tolerance)
+        if index is None:
+            x, rows_cond = self._in_order(self._x), self._in_order(kept)
         else:
-            weight = weigh(query, rows_cond)
-        return Selection(x, rows_cond, checks.shape("weigh()", weight, (len(query), len(x))))
+            slots = ((index + self._oldest) % self.capacity).to(self._x.device)
+            x, rows_cond = self._x[slots], kept[slots]
+            weight = weight[:, index]
+        return Selection(x.to(cond.device).float(), rows_cond.to(cond.device), weight)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all rows to a safetensors file, atomically.
@@ -149,6 +149,7 @@ class RingMemory:
         capacity: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        tolerance: float = _gate.TOLERANCE,
     ) -> RingMemory:
         """A new memory with the rows of a file, by default as it was saved.
 
@@ -169,7 +170,8 @@ class RingMemory:
                     f"{told!r}. Give capacity= to load the rows all the same."
                 )
             kept = int(told)
-        memory = cls(kept, dtype or (torch.float32 if x is None else x.dtype), device)
+        stored = torch.float32 if x is None else x.dtype
+        memory = cls(kept, dtype or stored, device, tolerance=tolerance)
         if x is not None:
             try:
                 memory.commit(Features(x, tensors.get("cond")))
@@ -197,36 +199,30 @@ class RingMemory:
             self._cond[slots] = cond[-self.capacity :].to(self._cond)
         self._seen += len(x)
 
+    @property
+    def _widths(self) -> _rules.Widths | None:
+        if self._x is None:
+            return None
+        return _rules.Widths(self._x.shape[1], None if self._cond is None else self._cond.shape[1])
+
+    @property
+    def _oldest(self) -> int:
+        """The slot of the oldest row."""
+        return 0 if self._seen <= self.capacity else self._seen % self.capacity
+
+    def _prompts(self, cond: Tensor) -> Iterator[Tensor]:
+        """Prompts in chunks, oldest first, without a copy of all of them."""
+        rows = _gate.chunk_rows(cond.shape[1])
+        if len(self) <= rows:
+            yield self._in_order(cond)
+            return
+        ends = [(self._oldest, min(self._seen, self.capacity)), (0, self._oldest)]
+        for start, stop in ends:
+            for low in range(start, stop, rows):
+                yield cond[low : min(low + rows, stop)]
+
     def _in_order(self, ring: Tensor) -> Tensor:
-        start = self._seen % self.capacity
         if self._seen <= self.capacity:
             return ring[: self._seen]
-        return torch.cat([ring[start:], ring[:start]])
-
-    def _admit(self, items: Features) -> tuple[Tensor, Tensor | None]:
-        checks.features("items", items)
-        x, cond = items.x.detach(), items.cond
-        cond = None if cond is None else cond.detach()
-        if self._x is not None:
-            if x.shape[1] != self._x.shape[1]:
-                raise ShapeError(
-                    f"items.x has width {x.shape[1]}, this memory holds rows of width "
-                    f"{self._x.shape[1]}. Latents of another size or model need their own memory."
-                )
-            if (cond is None) != (self._cond is None):
-                raise MissingPrompts(
-                    f"this memory holds samples {'with' if cond is None else 'without'} prompts "
-                    f"and these come {'without' if cond is None else 'with'}. Keep them apart, in "
-                    "two memories."
-                )
-            kept = self._cond
-            if cond is not None and kept is not None and cond.shape[1] != kept.shape[1]:
-                raise ShapeError(
-                    f"items.cond has width {cond.shape[1]}, this memory holds prompts of width "
-                    f"{kept.shape[1]}. One memory serves one text encoder."
-                )
-        checks.finite("items.x", x)
-        checks.finite(f"items.x stored as {self.dtype}", x.to(self.dtype))
-        if cond is not None:
-            checks.finite("items.cond", cond.float())
-        return x, cond
+        # A copy even where they lie in order: from now on slots are written over.
+        return torch.cat([ring[self._oldest :], ring[: self._oldest]])

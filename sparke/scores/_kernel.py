@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from sparke import checks
+from sparke import checks, ops
 from sparke.errors import MissingPrompts
 from sparke.kernels import KERNELS, QuantileRule, cosine, normalize, squared_distances
 from sparke.protocols import Features, Selection
@@ -97,14 +97,15 @@ class SquaredKernel:
         """
         if not len(bank):
             return torch.zeros_like(query.x), query.x.new_zeros(len(query))
-        terms, width = self._terms(query, bank)
+        if self.kernel == "gaussian":
+            width = self.width(query, bank)
+            rows, norms, center = _known(query, bank)
+            lse, mean = ops.pull(query.x, rows, log_weight, width, norms=norms, center=center)
+            away = (query.x - mean.to(query.x)) * (2 / width**2)
+            return away, torch.sigmoid(lse.to(query.x) + LOG2)
+        terms, _ = self._terms(query, bank)
         seen, weight = _seen(log_weight)
-        rows = bank.x.to(query.x)
-        p = torch.softmax(terms + weight, -1)
-        if self.kernel == "cosine":
-            away = _away_by_angle(query.x, rows, p)
-        else:
-            away = (query.x - p @ rows) * (2 / width**2)
+        away = _away_by_angle(query.x, bank.x.to(query.x), torch.softmax(terms + weight, -1))
         return torch.where(seen, away, 0.0), _crowding(terms, log_weight)
 
     def width(self, query: Features, bank: Features) -> float | Tensor:
@@ -115,6 +116,11 @@ class SquaredKernel:
         """(b,) the crowding alone."""
         if not len(bank):
             return query.x.new_zeros(len(query))
+        if self.kernel == "gaussian":
+            width = self.width(query, bank)
+            rows, norms, center = _known(query, bank)
+            lse = ops.log_sum(query.x, rows, log_weight, width, norms=norms, center=center)
+            return torch.sigmoid(lse.to(query.x) + LOG2)
         return _crowding(self._terms(query, bank)[0], log_weight)
 
     def _terms(self, query: Features, bank: Features) -> tuple[Tensor, float | Tensor]:
@@ -124,6 +130,12 @@ class SquaredKernel:
         if self.kernel == "cosine":
             return (cosine(query.x, rows).square() + TINY).log(), width
         return -squared_distances(query.x, rows) / width**2, width
+
+
+def _known(query: Features, bank: Features) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The rows, and what was computed of them when they were selected."""
+    rows = bank.x.to(query.x.device)
+    return (rows, bank.norms, bank.center) if isinstance(bank, Selection) else (rows, None, None)
 
 
 def _crowding(terms: Tensor, log_weight: Tensor) -> Tensor:

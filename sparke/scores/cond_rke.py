@@ -73,7 +73,7 @@ class CondRKE:
 
     def crowding(self, query: Features, bank: Features) -> Tensor:
         r"""(b,) $2S/(1+2S)$, $S = \sum_i w_i k(x_i, z)^2$: the others' share of the increment."""
-        return self.direction_and_crowding(query, bank)[1]
+        return self._squared.crowding(*self._weighted(query, bank))
 
     def direction_and_crowding(self, query: Features, bank: Features) -> tuple[Tensor, Tensor]:
         """Both from one pass over the bank."""
@@ -91,6 +91,8 @@ class CondRKE:
         if query.cond is None or bank.cond is None:
             return query, bank, _kernel.given_weight(query, bank)
         weight = self.log_weight(query.cond, bank.cond).to(query.x)
+        if isinstance(bank, Selection):
+            return query, replace(bank, log_weight=weight), weight
         return query, Selection(bank.x, bank.cond, weight), weight
 
     @property

@@ -65,7 +65,8 @@ class RKE:
 
     def crowding(self, query: Features, bank: Features) -> Tensor:
         r"""(b,) $2S/(1+2S)$, $S = \sum_i k(x_i, z)^2$: the others' share of the increment."""
-        return self.direction_and_crowding(query, bank)[1]
+        _kernel.check_selection(query, bank)
+        return self._squared.crowding(query, bank, _kernel.given_weight(query, bank))
 
     def direction_and_crowding(self, query: Features, bank: Features) -> tuple[Tensor, Tensor]:
         """Both from one pass over the bank."""

@@ -1,0 +1,299 @@
+"""Samples in a folder on disk, for histories that outgrow the device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sparke import checks
+from sparke.errors import ArgumentError, MemoryFileError
+from sparke.kernels import SAMPLED_ROWS
+from sparke.memory import _gate, _layout, _rules
+from sparke.memory._cache import RowCache
+from sparke.memory._folder import Folder
+from sparke.memory._layout import Arrays, Layout
+from sparke.protocols import Features, Selection, Weigh
+
+__all__ = ["DiskMemory"]
+
+CACHE_BYTES = 1 << 30
+SELECT_BYTES = 1 << 30
+SHARD_BYTES = 64 << 20
+READ_BYTES = 32 << 20
+"""Rows are read in parts of at most this many bytes in float32."""
+
+ROWS_AT_ONCE = 32
+"""Rows that do not lie together are converted to float32 so many at a time."""
+
+
+class DiskMemory:
+    """Keeps every sample ever committed, in a folder that several processes may append to.
+
+    Asked by prompt, it weighs the prompts of all rows and reads from disk only the rows that can
+    matter, by the rule of [RingMemory][sparke.memory.RingMemory]; in addition, a selection holds at
+    most `select_bytes` of float32 rows: the heaviest by prompt, or without prompts the newest. What
+    this leaves out is told in `left_out`.
+
+    The folder, all of it plain files:
+
+    - ``memory.json``: format, version, dtypes and widths. Written once, with the first commit.
+    - ``rows-FIRST-STOP.safetensors``: sealed shards of the rows with these numbers (STOP excluded):
+      ``x``, ``cond`` where there are prompts, ``scale`` for int8. Never changed. Their names are
+      the index: renaming a finished file into place commits all its rows at once.
+    - ``tail-FIRST.journal``: the newest rows, in records of one size with a CRC-32 and the extent
+      of their batch. Small commits go there in one write; at `shard_bytes` it is sealed into a
+      shard and the next one begins where it ended.
+    - ``lock``: held while a process writes (a lock of the operating system, freed when its holder
+      dies). ``*.partial``: a file being written.
+
+    A commit returns after its rows were flushed to disk. A writer killed at any moment loses at
+    most the batch it was about to commit, never part of one and never earlier rows; the next writer
+    removes what it left, with a warning that names the file. Readers take no lock: they see whole
+    batches, all up to some moment, and look again at each ``len()`` and `select`. File locks and
+    renames must work as on a local file system; some network file systems do not keep that promise.
+
+    It does not forget, and one object is not thread-safe. Shards carry no checksum of their own.
+
+    Args:
+        path: the folder; made if it is not there, in a folder that is.
+        dtype: of the stored rows: float32, float16, bfloat16, or int8 with one scale per row. None:
+            that of the folder, float16 for a new one.
+        cond_dtype: of the stored prompts: float32, float16 or bfloat16; None as above.
+        device: where rows are handed out when no prompts are asked for, and where rows read are
+            kept; the prompts' if None.
+        cache_bytes: of rows kept on the device between selections, in the stored dtype. None: 1 GiB
+            on an accelerator, and 0 on the CPU, where the system's file cache does the same.
+        select_bytes: of float32 rows that one selection holds at most, but at least 256 rows.
+        tolerance: as for RingMemory.
+        shard_bytes: size of the journal at which it is sealed.
+        timeout: seconds to wait for other writers.
+
+    Raises:
+        ArgumentError: an option has a forbidden value, or the folder holds another dtype.
+        MemoryFileError: the folder cannot be made or read, is another program's, or is damaged.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        cond_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        cache_bytes: int | None = None,
+        select_bytes: int = SELECT_BYTES,
+        tolerance: float = _gate.TOLERANCE,
+        shard_bytes: int = SHARD_BYTES,
+        timeout: float = 60.0,
+    ) -> None:
+        self._dtype = dtype and _rules.check_dtype("dtype", dtype, _layout.DTYPES)
+        self._cond_dtype = cond_dtype and _rules.check_dtype(
+            "cond_dtype", cond_dtype, _rules.DTYPES
+        )
+        self.device = None if device is None else torch.device(device)
+        self.tolerance = _gate.check_tolerance(tolerance)
+        self.select_bytes = int(checks.positive("select_bytes", select_bytes))
+        self.shard_bytes = int(checks.positive("shard_bytes", shard_bytes))
+        if cache_bytes is not None:
+            checks.positive("cache_bytes", cache_bytes, zero=True)
+        self.cache_bytes = cache_bytes
+        self.left_out: Tensor | None = None
+        """(b,) summed weight of the rows the last selection by prompt left out: the pull of an
+        order-2 score is off by at most twice this times the diameter of the bank."""
+        self._cache: RowCache | None = None
+        self._folder = Folder(Path(path), checks.positive("timeout", timeout, zero=True))
+        self.refresh()
+        self._recover()
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self._folder.path
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored rows."""
+        layout = self._folder.layout
+        return layout.dtype if layout else self._dtype or torch.float16
+
+    def __len__(self) -> int:
+        return self.refresh()
+
+    def __repr__(self) -> str:
+        layout = self._folder.layout
+        width = None if layout is None else layout.widths.x
+        return (
+            f"DiskMemory({str(self.path)!r}, {len(self._folder)} rows, width {width}, {self.dtype})"
+        )
+
+    def refresh(self) -> int:
+        """Look what this and other processes have committed; the number of rows.
+
+        Raises:
+            MemoryFileError: a file of the folder is damaged.
+            ArgumentError: the folder holds rows of another dtype than asked for.
+        """
+        new = self._folder.layout is None
+        self._folder.refresh()
+        layout = self._folder.layout
+        if new and layout is not None:
+            for name, asked, found in (
+                ("dtype", self._dtype, layout.dtype),
+                ("cond_dtype", self._cond_dtype, layout.cond_dtype),
+            ):
+                if asked not in (None, found):
+                    raise ArgumentError(
+                        f"{name}={asked}, but {self.path} holds {found}. Leave it out, or give "
+                        "another folder."
+                    )
+        return len(self._folder)
+
+    def commit(self, items: Features) -> None:
+        """Append finished samples, (n, d) rows with (n, c) prompts or none, as one batch.
+
+        Raises:
+            ShapeError: rows or prompts of another width than those here, or not 2-D.
+            ArgumentError: a row is not finite, or too large for the storage dtype.
+            MissingPrompts: rows here have prompts and these do not, or the other way round.
+            MemoryFileError: the rows could not be written.
+
+        Nothing is written when an error is raised.
+        """
+        folder = self._folder
+        with folder.locked():
+            self.refresh()
+            layout = folder.layout
+            cond_dtype = layout.cond_dtype if layout else self._cond_dtype or torch.float16
+            widths = layout.widths if layout else None
+            x, cond = _rules.admit(items, widths, self.dtype, cond_dtype)
+            if not len(x):
+                return
+            folder.recover()
+            if layout is None:
+                widths = _rules.Widths(x.shape[1], None if cond is None else cond.shape[1])
+                layout = Layout(self.dtype, widths, cond_dtype)
+                folder.start(layout)
+            folder.append(layout.arrays(x, cond), self.shard_bytes)
+
+    def select(self, cond: Tensor | None = None, weigh: Weigh | None = None) -> Selection:
+        """The rows that matter for these prompts in float32, oldest first, with log weights.
+
+        Args:
+            cond: (b, c) prompts of the samples to come; None hands out the newest rows, unweighted.
+            weigh: prompt kernel, (b, c), (n, c) -> (b, n) log weights; the published one
+                (Gaussian, bandwidth 0.35, squared) if None. It is called on a part of the rows at
+                a time.
+
+        Raises:
+            MissingPrompts: `cond` is given and the rows here were committed without prompts.
+            ShapeError: `cond` has another width than the prompts here.
+            MemoryFileError: a file of the folder is damaged.
+        """
+        rows = self.refresh()
+        device = cond.device if cond is not None else self.device or torch.device("cpu")
+        layout = self._folder.layout
+        if layout is None or not rows:
+            return Selection(torch.zeros(0, 0, device=device), None, None)
+        most = max(self.select_bytes // (4 * layout.widths.x), SAMPLED_ROWS)
+        if cond is None:
+            self.left_out = None
+            places = np.arange(max(0, rows - most), rows)
+            x, rows_cond = self._read(layout, places, device)
+            return Selection(x, rows_cond)
+        query = _rules.asked(cond, layout.widths.cond)
+        weight = _gate.log_weights(query, self._prompts(layout), weigh)
+        index = _gate.keep(weight, self.tolerance, most)
+        self.left_out = _gate.left_out(weight, index)
+        if index is None:
+            places = np.arange(rows)
+        else:
+            weight, places = weight[:, index], index.cpu().numpy()
+        x, rows_cond = self._read(layout, places, device)
+        return Selection(x, rows_cond, weight)
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Features:
+        """Rows `start` to `stop` in the order of their commits, in float32, to look at or copy."""
+        total = self.refresh()
+        layout = self._folder.layout
+        if layout is None:
+            return Features(torch.zeros(0, 0))
+        places = np.arange(*slice(start, stop).indices(total)[:2])
+        return Features(*self._read(layout, places, self.device or torch.device("cpu")))
+
+    def _recover(self) -> None:
+        """Report at opening what a killed writer left, unless one is at work."""
+        try:
+            with self._folder.locked(timeout=0):
+                self.refresh()
+                self._folder.recover()
+        except MemoryFileError:
+            # At work, or a folder that can only be read; damage is found by `refresh` above.
+            self.refresh()
+
+    def _prompts(self, layout: Layout) -> Iterator[Tensor]:
+        rows = _gate.chunk_rows(layout.widths.cond or 1)
+        for chunk in self._folder.column("cond", rows):
+            yield layout.tensor("cond", chunk)
+
+    def _read(
+        self, layout: Layout, places: NDArray[np.int64], device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows and prompts at ascending places, on the device, in float32."""
+        x = torch.empty(len(places), layout.widths.x, device=device)
+        width = layout.widths.cond
+        cond = None if width is None else torch.empty(len(places), width, device=device)
+        cache = self._cache_on(device)
+        numbers: list[int] = self._folder.numbers(places).tolist()
+        hits, slots, misses = cache.split(numbers)
+        if hits:
+            self._put(hits, cache.read(slots), x, cond)
+        most = max(1, min(len(misses), READ_BYTES // (4 * layout.widths.x)))
+        for part, arrays, sealed in self._folder.gather(places[misses], most):
+            where = misses[part]
+            stored = self._stored(layout, arrays, places[where], device)
+            self._put(where, stored, x, cond)
+            if sealed:  # a journal's rows may yet be taken back, if the disk refuses them
+                used = len(hits) + part.start
+                cache.put([numbers[i] for i in where], stored, in_use=used)
+        return x, cond
+
+    def _stored(
+        self, layout: Layout, arrays: Arrays, places: NDArray[np.int64], device: torch.device
+    ) -> dict[str, Tensor]:
+        stored = {name: layout.tensor(name, a).to(device) for name, a in arrays.items()}
+        for name, tensor in stored.items():
+            if tensor.is_floating_point() and not _rules.all_finite(tensor):
+                raise MemoryFileError(
+                    f"{self._folder.name_of(int(places[0]))} is damaged: {name!r} holds NaN or "
+                    "infinity. Restore it from a copy, or delete it to go on without its rows."
+                )
+        return stored
+
+    @staticmethod
+    def _put(at: list[int], stored: dict[str, Tensor], x: Tensor, cond: Tensor | None) -> None:
+        """Write rows to ascending places of the selection."""
+        run = at[-1] - at[0] + 1 == len(at)
+        step = len(at) if run else ROWS_AT_ONCE
+        for low in range(0, len(at), step):
+            rows = {name: part[low : low + step].to(x.device) for name, part in stored.items()}
+            part = at[low : low + step]
+            where = slice(part[0], part[-1] + 1) if run else torch.tensor(part, device=x.device)
+            x[where] = rows["x"] if run else rows["x"].float()
+            if cond is not None:
+                cond[where] = rows["cond"].float()
+            if "scale" in rows:
+                x[where] *= rows["scale"]
+
+    def _cache_on(self, device: torch.device) -> RowCache:
+        if self._cache is None:
+            budget = self.cache_bytes
+            if budget is None:
+                budget = 0 if device.type == "cpu" else CACHE_BYTES
+            self._cache = RowCache(budget)
+        return self._cache
