@@ -32,6 +32,7 @@ __all__ = [
     "Run",
     "Score",
     "Selection",
+    "Spread",
     "State",
     "Step",
     "Weigh",
@@ -219,6 +220,32 @@ class PromptWeighted(Protocol):
 
     def log_weight(self, query_cond: Tensor, bank_cond: Tensor) -> Tensor:
         """(b, c), (n, c) -> (b, n) log weights, computed once per generation."""
+        ...
+
+
+@runtime_checkable
+class Spread(Protocol):
+    """A selection whose rows lie on several ranks; all of them call its methods together.
+
+    Only scores with a true attribute ``across`` are given one: what they would read of it otherwise
+    is this rank's rows alone.
+    """
+
+    def across(
+        self,
+        read: Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]],
+        query: Tensor,
+        width: float | Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """(b,) log sums and (b, d) means over the rows of all ranks, detached.
+
+        `read` takes (B, d) queries, (B, n) log weights or None, and (B, 1) bandwidths, and gives
+        the log sum of the exponents and the softmax-weighted mean over this rank's rows.
+        """
+        ...
+
+    def witnesses(self) -> Selection:
+        """Rows of all ranks to read constants off, with this rank's queries' weights."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from sparke.protocols import (
     Run,
     Score,
     Selection,
+    Spread,
     Weigh,
 )
 
@@ -112,12 +113,17 @@ def _select(score: Score, memory: Memory, run: Run, *, flat: bool) -> Selection:
             f"latents of shape {tuple(run.shape[1:])} have {width} numbers and memory holds rows "
             f"of width {bank.x.shape[1]}. Latents of another size or model need their own memory."
         )
+    if isinstance(bank, Spread) and not getattr(score, "across", False):
+        raise ArgumentError(
+            f"score {type(score).__name__} needs every row on each rank, and this memory is spread "
+            "over ranks. Use ShardedMemory(keep='all'), or the scores 'rke' and 'cond-rke'."
+        )
     x = bank.x.to(run.device)
     norms, center = bank.norms, bank.center
     if norms is None or center is None:
         norms, center = ops.squared_norms(x)
     norms, center = norms.to(run.device), center.to(run.device)
-    return Selection(x, bank.cond, bank.log_weight, norms=norms, center=center)
+    return replace(bank, x=x, norms=norms, center=center)
 
 
 def _mates(score: Score, run: Run) -> Tensor:

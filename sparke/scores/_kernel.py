@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from sparke import checks, ops
 from sparke.errors import MissingPrompts
 from sparke.kernels import KERNELS, QuantileRule, cosine, normalize, squared_distances
-from sparke.protocols import Features, Selection
+from sparke.protocols import Features, Selection, Spread
 
 Bandwidth: TypeAlias = float | Tensor | QuantileRule
 
@@ -38,6 +39,7 @@ def fixed(value: Bandwidth, bank: Features) -> Bandwidth:
     """The bandwidth for these rows: a rule becomes (b, 1) numbers, b from the bank's weights."""
     if not isinstance(value, QuantileRule):
         return value
+    bank = bank.witnesses() if isinstance(bank, Spread) else bank
     weight = bank.log_weight if isinstance(bank, Selection) else None
     queries = 1 if weight is None else weight.shape[0]
     return value(Features(bank.x.new_zeros(queries, bank.x.shape[1])), bank)
@@ -80,7 +82,11 @@ class SquaredKernel:
         check_bandwidth("bandwidth", self.bandwidth)
 
     def value(self, query: Features, bank: Features, log_weight: Tensor) -> Tensor:
-        """(b,) scores; 0 where no row has weight."""
+        """(b,) scores; 0 where no row has weight. Over ranks they carry no gradient."""
+        if isinstance(bank, Spread):
+            total, _ = bank.across(partial(_weights_alone, len(bank)), query.x, 1.0)
+            value = total - self._across(query, bank)[0]
+            return torch.where(total.isfinite(), value, 0.0)
         if not len(bank):
             return query.x.sum(-1) * 0
         terms, _ = self._terms(query, bank)
@@ -95,6 +101,13 @@ class SquaredKernel:
         $\frac{2}{s^2}(z - \sum_j p_j x_j)$ with $p = softmax(\log k^2 + \log w)$. The crowding
         is $2S/(1+2S)$ with $S = \sum_j w_j k_j^2$.
         """
+        if isinstance(bank, Spread):
+            lse, mean = self._across(query, bank)
+            if self.kernel == "cosine":
+                away = _off_the_ray(query.x, mean)
+            else:
+                away = (query.x - mean) * (2 / self.width(query, bank) ** 2)
+            return away, torch.sigmoid(lse + LOG2)
         if not len(bank):
             return torch.zeros_like(query.x), query.x.new_zeros(len(query))
         if self.kernel == "gaussian":
@@ -114,6 +127,8 @@ class SquaredKernel:
 
     def crowding(self, query: Features, bank: Features, log_weight: Tensor) -> Tensor:
         """(b,) the crowding alone."""
+        if isinstance(bank, Spread):
+            return torch.sigmoid(self._across(query, bank)[0] + LOG2)
         if not len(bank):
             return query.x.new_zeros(len(query))
         if self.kernel == "gaussian":
@@ -122,6 +137,18 @@ class SquaredKernel:
             lse = ops.log_sum(query.x, rows, log_weight, width, norms=norms, center=center)
             return torch.sigmoid(lse.to(query.x) + LOG2)
         return _crowding(self._terms(query, bank)[0], log_weight)
+
+    def _across(self, query: Features, bank: Features) -> tuple[Tensor, Tensor]:
+        """Log sums and means over the rows of all ranks; of scaled unit rows for the cosine."""
+        assert isinstance(bank, Spread)
+
+        def read(z: Tensor, weight: Tensor | None, width: Tensor) -> tuple[Tensor, Tensor]:
+            if self.kernel == "cosine":
+                return _angles(z, bank.x.to(z), weight)
+            rows, norms, center = _known(Features(z), bank)
+            return ops.pull(z, rows, weight, width, norms=norms, center=center)
+
+        return bank.across(read, query.x, self.width(query, bank))
 
     def _terms(self, query: Features, bank: Features) -> tuple[Tensor, float | Tensor]:
         """(b, n) logarithms of the squared kernel, and the bandwidth."""
@@ -151,11 +178,34 @@ def _seen(log_weight: Tensor) -> tuple[Tensor, Tensor]:
     return seen, torch.where(seen, log_weight, 0.0)
 
 
+def _weights_alone(
+    rows: int, query: Tensor, weight: Tensor | None, width: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log sums of the weights: a kernel of 1 everywhere."""
+    weight = query.new_zeros(len(query), rows) if weight is None else weight
+    return torch.logsumexp(weight, -1), query
+
+
+def _angles(query: Tensor, rows: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Log sums of squared cosines, and means of unit rows over their cosine with the query."""
+    unit_rows = normalize(rows)
+    c = normalize(query) @ unit_rows.mT
+    terms = (c.square() + TINY).log()
+    terms = terms if weight is None else terms + weight
+    p = torch.softmax(terms, -1)
+    return torch.logsumexp(terms, -1), (p * c / (c.square() + TINY)) @ unit_rows
+
+
 def _away_by_angle(query: Tensor, rows: Tensor, p: Tensor) -> Tensor:
-    unit_query, unit_rows = normalize(query), normalize(rows)
-    c = unit_query @ unit_rows.mT
-    g = p * c / (c.square() + TINY)
-    towards = g @ unit_rows - (g * c).sum(-1, keepdim=True) * unit_query
+    unit_rows = normalize(rows)
+    c = normalize(query) @ unit_rows.mT
+    return _off_the_ray(query, (p * c / (c.square() + TINY)) @ unit_rows)
+
+
+def _off_the_ray(query: Tensor, mean: Tensor) -> Tensor:
+    """-2/|q| times the part of `mean` at right angles to q."""
+    unit_query = normalize(query)
+    towards = mean - (mean * unit_query).sum(-1, keepdim=True) * unit_query
     length = query.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(query.dtype).tiny ** 0.5)
     away: Tensor = -2 * towards / length
     return away

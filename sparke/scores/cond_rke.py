@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -49,6 +50,9 @@ class CondRKE:
     kernel: str = "gaussian"
     bandwidth: _kernel.Bandwidth = QuantileRule()
     cond_bandwidth: float = 0.35
+
+    across: ClassVar[bool] = True
+    """Rows on other ranks are read too."""
 
     def __post_init__(self) -> None:
         checks.positive("cond_bandwidth", self.cond_bandwidth)

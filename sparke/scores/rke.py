@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -45,6 +46,9 @@ class RKE:
 
     kernel: str = "gaussian"
     bandwidth: _kernel.Bandwidth = QuantileRule()
+
+    across: ClassVar[bool] = True
+    """Rows on other ranks are read too."""
 
     def __post_init__(self) -> None:
         self._squared  # noqa: B018  raises on bad options now, not at the first step

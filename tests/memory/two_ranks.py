@@ -24,7 +24,7 @@ from sparke.memory import RingMemory
 from sparke.memory._spread import SpreadSelection
 from sparke.memory.sharded import ShardedMemory
 from sparke.models.mixture import GaussianMixture
-from sparke.protocols import Features, Memory, Requires, Selection, Weigh
+from sparke.protocols import Features, Memory, Selection
 from sparke.scores import CondRKE
 
 MIXTURE = GaussianMixture.planar(dtype=torch.float64)
@@ -47,11 +47,11 @@ def euler(model: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None) -> Tens
     return x
 
 
-def generate(memory: Memory, who: int, run: int, score: Any = "cond-rke") -> Tensor:
+def generate(memory: Memory, who: int, run: int) -> Tensor:
     """One run of one rank, three steps of it long enough ago for the guidance to act."""
     names = MIXTURE.prompts
     prompts = [names[(p + run) % len(names)] for p in BATCHES[who]]
-    sampler = sparke.wrap(euler, score, memory=memory, scale=2.0)
+    sampler = sparke.wrap(euler, "cond-rke", memory=memory, scale=2.0)
     noise = torch.randn(len(prompts), 2, generator=torch.Generator().manual_seed(10 * run + who))
     extra = {"cond": MIXTURE.encode(prompts)}
     x = MIXTURE.sigma_max * noise.double()
@@ -88,58 +88,6 @@ def read(bank: SpreadSelection, query: Tensor, width: Any) -> tuple[Tensor, Tens
     return bank.across(lambda q, w, s: statistics(bank, q, w, s), query, width)
 
 
-class Watched:
-    """A memory that remembers the last selection it handed out."""
-
-    def __init__(self, memory: ShardedMemory) -> None:
-        self.memory = memory
-        self.last: Selection | None = None
-
-    def __len__(self) -> int:
-        return len(self.memory)
-
-    def commit(self, items: Features) -> None:
-        self.memory.commit(items)
-
-    def select(self, cond: Tensor | None = None, weigh: Weigh | None = None) -> Selection:
-        self.last = self.memory.select(cond, weigh)
-        return self.last
-
-
-class Across:
-    """CondRKE that reads the rows of all ranks through the last selection of a memory."""
-
-    across = True
-
-    def __init__(self, memory: Watched, width: Tensor | None = None) -> None:
-        self.memory, self.width, self.plain = memory, width, CondRKE()
-
-    @property
-    def requires(self) -> Requires:
-        return self.plain.requires
-
-    def __call__(self, query: Features, bank: Features) -> Tensor:
-        raise AssertionError("the guider asks for directions")
-
-    def log_weight(self, query_cond: Tensor, bank_cond: Tensor) -> Tensor:
-        return self.plain.log_weight(query_cond, bank_cond)
-
-    def calibrate(self, bank: Features) -> Across:
-        spread = self.memory.last
-        assert isinstance(spread, SpreadSelection)
-        width = self.plain.calibrate(spread.witnesses()).bandwidth
-        assert isinstance(width, Tensor)
-        return Across(self.memory, width)
-
-    def direction_and_crowding(self, query: Features, bank: Features) -> tuple[Tensor, Tensor]:
-        if self.width is None:
-            return self.plain.direction_and_crowding(query, bank)
-        spread = self.memory.last
-        assert isinstance(spread, SpreadSelection)
-        lse, mean = read(spread, query.x, self.width)
-        return (query.x - mean) * (2 / self.width**2), torch.sigmoid(lse + math.log(2))
-
-
 # Scenes.
 
 
@@ -154,14 +102,7 @@ def say(error: type[Exception] | tuple[type[Exception], ...], call: Callable[[],
 
 def generations(keep: str) -> Any:
     memory = ShardedMemory(keep=keep, timeout=60)
-    watched = Watched(memory)
-    score = Across(watched) if keep == "shard" else "cond-rke"
-    samples = []
-    for run in range(RUNS):
-        if run == 0 or keep == "all":
-            samples.append(generate(memory, rank(), run))
-        else:
-            samples.append(generate(watched, rank(), run, score))
+    samples = [generate(memory, rank(), run) for run in range(RUNS)]
     return {"samples": samples, "len": len(memory), "kept": memory.store.select()}
 
 
