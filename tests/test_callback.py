@@ -26,9 +26,10 @@ from sparke.errors import (
 from sparke.guidance import DiversityGuider
 from sparke.memory import RingMemory
 from sparke.models import emoji
-from sparke.protocols import Run, State
+from sparke.protocols import State
 from sparke.schedules import Constant, RemainingNoise
 from tests.backends import tiny
+from tests.probe import Probe
 
 PROMPTS = ("a cat", "a red car")
 HOOKED = [
@@ -59,26 +60,6 @@ def inputs(pipe: Any, guide: Any) -> list[str]:
 
 def apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).float().norm() / b.float().norm())
-
-
-class Probe:
-    """A guider that pushes by `push` and remembers what it was shown."""
-
-    def __init__(self, push: float = 0.0) -> None:
-        self.push = push
-        self.runs: list[Run] = []
-        self.states: list[State] = []
-        self.finished: list[Tensor] = []
-
-    def begin(self, run: Run) -> None:
-        self.runs.append(run)
-
-    def __call__(self, state: State) -> Tensor:
-        self.states.append(state)
-        return torch.full_like(state.denoised, self.push)
-
-    def finish(self, x: Tensor) -> None:
-        self.finished.append(x)
 
 
 def always_apart(**options: Any) -> DiversityGuider:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparke.backends import _denoisers, _encodings, _schedulers
 from sparke.backends._guided import scheduler_of
+from sparke.backends._predictions import Predictions
 from sparke.backends._prompt_reader import PromptReader, Prompts
 from sparke.errors import GuidanceWarning
 from sparke.protocols import GuidanceScaleHook, Guider, Run, State
@@ -42,7 +43,7 @@ class PipelineRun:
         self._reading: _schedulers.Reading | None = None
         self._latents: Tensor | None = None
         self._run: Run | None = None
-        self._predictions = _denoisers.Predictions(0, None)
+        self._predictions = Predictions(0, None)
         self._answer: Any = None
         self._at = 0
         self._finished: Tensor | None = None
@@ -234,7 +235,7 @@ class PipelineRun:
         self._guider.begin(run)
         self._run = run
         known = self._prompts.as_given(batch, latents.device)
-        self._predictions = _denoisers.Predictions(batch, known)
+        self._predictions = Predictions(batch, known)
 
     def _warn(self, why: str) -> None:
         if not self._warned:

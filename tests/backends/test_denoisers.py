@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import sparke
 from sparke.backends import _denoisers
-from sparke.backends._denoisers import Predictions
+from sparke.backends._predictions import Predictions
 from tests.backends import tiny
 
 BATCH = 2
