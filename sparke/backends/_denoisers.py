@@ -34,6 +34,9 @@ def watched(pipeline: Any, watcher: Watcher) -> Iterator[bool]:
         yield bool(found)
     finally:
         for name, stand_in in stand_ins.items():
+            # Offloading hooks a module anew within a call and keeps what it was given; from here
+            # on that is the module by another name, and holds nothing of this run.
+            del type(stand_in).__call__
             if held.get(name) is stand_in:  # or else somebody put another module there
                 held[name] = found[name]
 
