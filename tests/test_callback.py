@@ -595,8 +595,9 @@ def breaking(guide: Any, at: int, *, interrupt: bool) -> Any:
 @pytest.mark.parametrize("name", ["sd", "sd3"])
 def test_an_unfinished_run_leaves_no_trace(name: str, interrupt: bool) -> None:
     pipe = tiny.ALL[name].make()
-    bare, guide = call(pipe, name), sparke.callback()
-    fresh = sparke.callback()
+    low = (0.0, 0.5)
+    bare, guide = call(pipe, name), sparke.callback(cfg_interval=low)
+    fresh = sparke.callback(cfg_interval=low)
     named = {"callback_on_step_end_tensor_inputs": guide.tensor_inputs}
     try:
         call(pipe, name, breaking(guide, 1, interrupt=interrupt), **named)
