@@ -630,7 +630,8 @@ def test_a_batch_of_another_size_begins_anew() -> None:
 
 
 def test_goes_with_other_callbacks() -> None:
-    pipe, guide = tiny.ALL["sd"].make(), sparke.callback(cond_bandwidth=10.0)
+    pipe = tiny.ALL["sd"].make()
+    guide = sparke.callback(cond_bandwidth=10.0, cfg_interval=(0.0, 0.5))
     call(pipe, "sd", guide, PROMPTS[:1], seed=1)
     cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=3)
     both = []
