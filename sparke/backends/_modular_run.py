@@ -11,20 +11,13 @@ from torch import Tensor
 
 from sparke.backends import _encodings
 from sparke.backends._pipeline_run import PipelineRun
-from sparke.backends._prompt_reader import MASK_NAMES, Prompts
-from sparke.protocols import Guider
+from sparke.backends._prompt_reader import MASK_NAMES
 
 __all__ = ["ModularRun", "text_encoder"]
 
 
 class ModularRun(PipelineRun):
     """One call of a modular pipeline, or one loop in it; `arguments` are its live values."""
-
-    def __init__(
-        self, pipeline: Any, guider: Guider, arguments: Mapping[str, Any], prompts: Prompts
-    ) -> None:
-        super().__init__(pipeline, guider, arguments, prompts)
-        self._sources = prompts
 
     @contextmanager
     def guiding(self) -> Iterator[None]:
@@ -61,8 +54,8 @@ class ModularRun(PipelineRun):
             self._prompts.origin = self._origin_like(self._prompts.given())
         super()._begin(batch, latents)
 
-    def _batch(self, rows: int) -> int:
-        return rows  # modular pipelines evaluate one prompt at a time
+    def _batch(self, rows: Tensor) -> int:
+        return len(rows)  # modular pipelines evaluate one prompt at a time
 
     def _guidance_scale(self) -> float:
         guider = vars(self._pipeline).get("guider")

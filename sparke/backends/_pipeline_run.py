@@ -37,7 +37,7 @@ class PipelineRun:
     def __init__(
         self, pipeline: Any, guider: Guider, arguments: Mapping[str, Any], prompts: Prompts
     ) -> None:
-        self._pipeline, self._guider = pipeline, guider
+        self._pipeline, self._guider, self._sources = pipeline, guider, prompts
         self._prompts = PromptReader(pipeline, prompts, arguments)
         self._scheduler = scheduler_of(pipeline)
         self._reading: _schedulers.Reading | None = None
@@ -87,7 +87,7 @@ class PipelineRun:
         self, module: _denoisers.Call, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         reading = self._read()
-        if self._run is None:
+        if self._run is None and not self._sources.late:
             self._begin_at(args, kwargs)
         kind = self._predictions.kind(args, kwargs)
         at = reading.upcoming(self._scheduler, lambda: _denoisers.time_of(args, kwargs))
@@ -201,7 +201,10 @@ class PipelineRun:
                 len(sample),
             ):
                 return shape[0]
-        self._begin(len(sample) if self._run is None else self._batch(len(sample)), sample)
+            self._sources.late = True
+        labels = self._labels()
+        doubled = labels is not None and len(sample) == 2 * labels
+        self._begin(len(sample) // 2 if doubled else len(sample), sample)
         assert self._run is not None
         return self._run.shape[0]
 
@@ -212,14 +215,22 @@ class PipelineRun:
             return
         rows = _denoisers.first_input(args, kwargs)
         if isinstance(rows, Tensor):
-            self._begin(self._batch(len(rows)), rows)
+            self._begin(self._batch(rows), rows)
 
-    def _batch(self, rows: int) -> int:
-        """Samples among this many rows: half of them where both prompts share a batch."""
+    def _batch(self, rows: Tensor) -> int:
+        """Samples in a denoiser's input: half its rows where both prompts share a batch."""
+        labels, half = self._labels(), len(rows) // 2
+        if labels is not None:
+            return labels
+        guided = getattr(self._pipeline, "do_classifier_free_guidance", False)
+        if guided and len(rows) == 2 * half and torch.equal(rows[:half], rows[half:]):
+            return half
+        return len(rows)
+
+    def _labels(self) -> int | None:
+        """How many class labels the call has, None if it has none."""
         labels = self._prompts.arguments.get("class_labels")
-        if isinstance(labels, (list, Tensor)):
-            return len(labels)
-        return rows // 2 if getattr(self._pipeline, "do_classifier_free_guidance", False) else rows
+        return len(labels) if isinstance(labels, (list, Tensor)) else None
 
     def _begin(self, batch: int, latents: Tensor) -> None:
         cond, origin = self._prompts.rows(batch, latents.device), self._prompts.origin
