@@ -66,12 +66,12 @@ class ModularRun(PipelineRun):
 
     def _origin_like(self, encoding: _encodings.Encoding | None) -> Tensor | None:
         """The origin of these prompts, by the pipeline's own text encoder where it has one."""
-        key = id(vars(self._pipeline).get("text_encoder"))
         if encoding is None:
             return None
-        if key not in self._sources.origins:
-            self._sources.origins[key] = _origin(self._pipeline, self._prompts.arguments)
-        origin = self._sources.origins[key]
+        origin = self._sources.origin(
+            vars(self._pipeline).get("text_encoder"),
+            lambda: _origin(self._pipeline, self._prompts.arguments),
+        )
         # Embeddings may be projected on their way from the encoder to the loop.
         width = encoding.embeds[0].shape[-1]
         return origin if origin is not None and len(origin) == width else None

@@ -15,6 +15,7 @@ from sparke.backends._guided import scheduler_of
 from sparke.backends._predictions import Predictions
 from sparke.backends._prompt_reader import PromptReader, Prompts
 from sparke.errors import GuidanceWarning
+from sparke.guidance._vectors import working
 from sparke.protocols import GuidanceScaleHook, Guider, Run, State
 
 __all__ = ["PipelineRun"]
@@ -158,7 +159,7 @@ class PipelineRun:
         delta = self._delta(reading, self._at, head[:rows], sample[:rows])
         if rows < len(sample):
             delta = torch.cat([delta, delta])  # twins, of which pipelines keep the first
-        moved = reading.levels[self._at].moved(_working(head), delta).to(output.dtype)
+        moved = reading.levels[self._at].moved(working(head), delta).to(output.dtype)
         tail = output[:, head.shape[1] :] if head.shape != output.shape else None
         return moved if tail is None else torch.cat([moved, tail], 1)
 
@@ -175,7 +176,7 @@ class PipelineRun:
         self, reading: _schedulers.Reading, at: int, output: Tensor, sample: Tensor
     ) -> Tensor:
         level = reading.levels[at]
-        noisy, answer = _working(sample.detach()), _working(output.detach())
+        noisy, answer = working(sample.detach()), working(output.detach())
         denoised = level.denoised(answer, noisy)
 
         def conditional() -> Tensor:
@@ -256,10 +257,6 @@ class PipelineRun:
                 GuidanceWarning,
                 stacklevel=4,
             )
-
-
-def _working(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _head(output: Tensor, sample: Tensor) -> Tensor | None:
