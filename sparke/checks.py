@@ -1,16 +1,18 @@
-"""Every rule on shapes and numbers, in one wording."""
+"""Every rule on shapes, numbers and what is installed, in one wording."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from sparke.errors import ArgumentError, ShapeError
+from sparke.errors import ArgumentError, MissingHost, ShapeError
 from sparke.protocols import Features
 
-__all__ = ["choice", "features", "finite", "pair", "positive", "rows_of", "shape"]
+__all__ = ["choice", "features", "finite", "host", "pair", "positive", "rows_of", "shape"]
 
 
 def positive(name: str, value: float, *, zero: bool = False) -> float:
@@ -91,3 +93,20 @@ def shape(name: str, value: Tensor, expected: tuple[int, ...]) -> Tensor:
     if tuple(value.shape) != expected:
         raise ShapeError(f"{name} must have shape {expected}, got {tuple(value.shape)}.")
     return value
+
+
+@contextmanager
+def host(name: str, use: str, extra: str) -> Iterator[None]:
+    """Around the import of an optional package: a failure names what to install.
+
+    Args:
+        name: of the package.
+        use: what it does here, to follow its name.
+        extra: of sparke, that installs it.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise MissingHost(
+            f'{name} {use} and cannot be imported ({error}): pip install "sparke[{extra}]"'
+        ) from error

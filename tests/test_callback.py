@@ -26,9 +26,10 @@ from sparke.errors import (
 from sparke.guidance import DiversityGuider
 from sparke.memory import RingMemory
 from sparke.models import emoji
-from sparke.protocols import Run, State
+from sparke.protocols import State
 from sparke.schedules import Constant, RemainingNoise
 from tests.backends import tiny
+from tests.probe import Probe
 
 PROMPTS = ("a cat", "a red car")
 HOOKED = [
@@ -59,26 +60,6 @@ def inputs(pipe: Any, guide: Any) -> list[str]:
 
 def apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).float().norm() / b.float().norm())
-
-
-class Probe:
-    """A guider that pushes by `push` and remembers what it was shown."""
-
-    def __init__(self, push: float = 0.0) -> None:
-        self.push = push
-        self.runs: list[Run] = []
-        self.states: list[State] = []
-        self.finished: list[Tensor] = []
-
-    def begin(self, run: Run) -> None:
-        self.runs.append(run)
-
-    def __call__(self, state: State) -> Tensor:
-        self.states.append(state)
-        return torch.full_like(state.denoised, self.push)
-
-    def finish(self, x: Tensor) -> None:
-        self.finished.append(x)
 
 
 def always_apart(**options: Any) -> DiversityGuider:
@@ -614,8 +595,9 @@ def breaking(guide: Any, at: int, *, interrupt: bool) -> Any:
 @pytest.mark.parametrize("name", ["sd", "sd3"])
 def test_an_unfinished_run_leaves_no_trace(name: str, interrupt: bool) -> None:
     pipe = tiny.ALL[name].make()
-    bare, guide = call(pipe, name), sparke.callback()
-    fresh = sparke.callback()
+    low = (0.0, 0.5)
+    bare, guide = call(pipe, name), sparke.callback(cfg_interval=low)
+    fresh = sparke.callback(cfg_interval=low)
     named = {"callback_on_step_end_tensor_inputs": guide.tensor_inputs}
     try:
         call(pipe, name, breaking(guide, 1, interrupt=interrupt), **named)
@@ -648,7 +630,8 @@ def test_a_batch_of_another_size_begins_anew() -> None:
 
 
 def test_goes_with_other_callbacks() -> None:
-    pipe, guide = tiny.ALL["sd"].make(), sparke.callback(cond_bandwidth=10.0)
+    pipe = tiny.ALL["sd"].make()
+    guide = sparke.callback(cond_bandwidth=10.0, cfg_interval=(0.0, 0.5))
     call(pipe, "sd", guide, PROMPTS[:1], seed=1)
     cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=3)
     both = []

@@ -507,9 +507,6 @@ def damage(kind: str, path: Path) -> None:
         memory = RingMemory()
         memory.commit(Features(torch.zeros(3, 320)))
         memory.save(path)
-    elif kind == "huge capacity":
-        meta = {"format": "sparke-memory", "version": "1", "kind": "ring", "capacity": "9" * 17}
-        save_file({"x": rows.x, "cond": torch.zeros(3, 128)}, path, meta)
     else:
         memory = RingMemory()
         memory.commit(rows)
@@ -526,7 +523,6 @@ def damage(kind: str, path: Path) -> None:
         "pickle",
         "torch",
         "huge header",
-        "huge capacity",
         "other safetensors",
         "another width",
         "another encoder",
@@ -539,6 +535,15 @@ def test_damaged_and_foreign_memories(kind: str, run: Run, tmp_path: Path) -> No
     before = tree(tmp_path)
     refused(run("generate", "pizza", *SMALL, "--memory", "bank"), code=1)
     assert tree(tmp_path) == before
+
+
+def test_a_huge_capacity_takes_no_room(run: Run, tmp_path: Path) -> None:
+    memory = RingMemory(10**17)
+    memory.commit(Features(torch.zeros(3, 320), torch.zeros(3, 128)))
+    memory.save(tmp_path / "bank")
+    status, out, err = run("generate", "pizza", *SMALL, "--memory", "bank")
+    assert (status, err) == (0, "")
+    assert "3 -> 7" in out
 
 
 @pytest.mark.parametrize("path", [".", "", "long" * 100, "nothing/bank", "/dev/null", "file/bank"])

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from sparke.errors import ArgumentError, MissingHost, SparkeError
+from sparke import checks
+from sparke.errors import ArgumentError, SparkeError
 from sparke.models import emoji
 
 SAMPLER = "sample_dpmpp_2m"
@@ -38,16 +39,11 @@ def bare_sampler(shown: Progress) -> Sampler:
         MissingHost: k-diffusion is not there, or something it needs.
     """
     task = shown.add_task("loading", total=None)
-    try:
-        with warnings.catch_warnings():
-            # Its own dependencies warn at import.
-            warnings.simplefilter("ignore")
-            from k_diffusion import sampling
-    except ImportError as error:
-        raise MissingHost(
-            f"k-diffusion draws the pictures and cannot be imported ({error}): "
-            'pip install "sparke[k-diffusion]"'
-        ) from error
+    named = checks.host("k-diffusion", "draws the pictures", "k-diffusion")
+    with named, warnings.catch_warnings():
+        # Its own dependencies warn at import.
+        warnings.simplefilter("ignore")
+        from k_diffusion import sampling
     shown.remove_task(task)
     sampler: Sampler = getattr(sampling, SAMPLER)
     return sampler

@@ -1,10 +1,4 @@
-"""A pipeline's denoiser, seen from outside while the pipeline runs.
-
-Classifier-free guidance is done by pipelines themselves, after the denoiser has answered: from one
-call with the rows of both prompts, or from two. Where both answers pass through here, the scale is
-changed by changing the unconditional one: with u + a (c - u) in its place the pipeline, at its own
-scale w, arrives at scale a + w (1 - a), so a = 1 gives the conditional prediction, bit for bit.
-"""
+"""A pipeline's denoiser, called through a stand-in while the pipeline runs."""
 
 from __future__ import annotations
 
@@ -15,15 +9,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Call", "Predictions", "Rows", "first_input", "replaced", "time_of", "watched"]
+__all__ = ["Call", "Rows", "first_input", "head_of", "is_rows", "replaced", "time_of", "watched"]
 
 NAMES = ("unet", "transformer", "transformer_2", "prior", "decoder", "dit")
 """Components that pipelines call as their denoiser."""
-EMBEDS = ("encoder_hidden_states", "class_labels", "cap_feats", "prompt_embeds", "clip_text_pooled")
-"""Keywords under which they hand it the prompts, most telling first."""
-
-CERTAIN = 0.02
-"""How far off their plane, relatively, the output of half precision arithmetic may lie."""
 
 Rows: TypeAlias = "Tensor | Sequence[Tensor]"
 Call: TypeAlias = Callable[..., Any]
@@ -39,12 +28,17 @@ def watched(pipeline: Any, watcher: Watcher) -> Iterator[bool]:
     """
     held = vars(pipeline)
     found = {name: held[name] for name in NAMES if isinstance(held.get(name), torch.nn.Module)}
-    for name, module in found.items():
-        held[name] = _stand_in(module, watcher)
+    stand_ins = {name: _stand_in(module, watcher) for name, module in found.items()}
+    held.update(stand_ins)
     try:
         yield bool(found)
     finally:
-        held.update(found)
+        for name, stand_in in stand_ins.items():
+            # Offloading hooks a module anew within a call and keeps what it was given; from here
+            # on that is the module by another name, and holds nothing of this run.
+            del type(stand_in).__call__
+            if held.get(name) is stand_in:  # or else somebody put another module there
+                held[name] = found[name]
 
 
 def _stand_in(module: torch.nn.Module, watcher: Watcher) -> Any:
@@ -64,7 +58,7 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
     """The noisy latents a denoiser was called with."""
     names = ("hidden_states", "sample", "x", "latents")
     candidates = [*args[:1], *(kwargs[name] for name in names if name in kwargs)]
-    return next((c for c in candidates if _is_rows(c)), None)
+    return next((c for c in candidates if is_rows(c)), None)
 
 
 def time_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
@@ -73,103 +67,6 @@ def time_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
     if isinstance(value, Tensor) and value.numel():
         return float(value.reshape(-1)[0])
     return float(value) if isinstance(value, (int, float)) else None
-
-
-class Predictions:
-    """What the denoiser answered during one step, told apart by prompt.
-
-    Args:
-        batch: number of samples.
-        known: the conditional prompts as the pipeline encoded them, or None.
-    """
-
-    def __init__(self, batch: int, known: Rows | None) -> None:
-        self.batch, self.known = batch, known
-        self.conditional: Any = None
-        self.unconditional: Any = None
-        self._calls = 0
-        self._kinds: dict[tuple[int, int], str] = {}
-
-    def next_step(self) -> None:
-        """Forget the answers; a new step begins."""
-        self.conditional = self.unconditional = None
-        self._calls = 0
-
-    def kind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """``cond``, ``uncond``, ``uncond+cond``, ``cond+uncond`` or ``other``.
-
-        Prompts are compared once for each place a call has in a step; that costs a device a wait.
-        """
-        rows = first_input(args, kwargs)
-        key = (self._calls, 0 if rows is None else len(rows))
-        self._calls += 1
-        if key not in self._kinds:
-            self._kinds[key] = self._told_apart(key[1], args, kwargs)
-        return self._kinds[key]
-
-    def answered(self, kind: str, out: Any, share: float) -> Any:
-        """Note a call's answer and return it, the unconditional part moved by `share` to the other.
-
-        Args:
-            kind: as told by `kind`.
-            out: what the denoiser returned.
-            share: a above; 0 leaves everything alone.
-        """
-        head = _head(out)
-        if kind == "cond":
-            # A second look at the same prompt (perturbed attention and the like) is another thing.
-            self.conditional = head if self.conditional is None else self.conditional
-        elif kind == "uncond" and self.conditional is not None:
-            self.unconditional = head
-            if share:
-                return replaced(out, _mixed(head, self.conditional, share))
-        elif kind in ("uncond+cond", "cond+uncond"):
-            halves = _halves(head)
-            self.unconditional, self.conditional = halves if kind == "uncond+cond" else halves[::-1]
-            if share:
-                moved = _mixed(self.unconditional, self.conditional, share)
-                parts = (moved, self.conditional)
-                return replaced(out, _joined(*(parts if kind == "uncond+cond" else parts[::-1])))
-        return out
-
-    def as_output(self, output: Tensor) -> Tensor | None:
-        """The conditional prediction in the form of a scheduler's model output, if that is certain.
-
-        Pipelines turn the answers about before the scheduler sees them (signs, variances cut off);
-        what they did is known when the output is s c + t (c - u) for numbers s and t of each
-        sample, or of each token: s is then 1 or -1, times what it was rescaled by.
-
-        Args:
-            output: what the scheduler was given, in float32 or better.
-        """
-        c, u = (_in_form(p, output) for p in (self.conditional, self.unconditional))
-        if c is None or u is None:
-            return None
-        sign = _sign(c, u, output, 1)
-        if sign is None and output.ndim == 3:  # rescaled token by token
-            sign = _sign(c, u, output, 2)
-        return None if sign is None else sign * c
-
-    def _told_apart(self, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        if self.known is None:
-            return "other"
-        given = _prompts(args, kwargs)
-        if rows == self.batch:
-            first = any(_same(g, self.known) for g in given)
-            comparable = any(_alike(g, self.known) for g in given)
-            if first:
-                return "cond"
-            return "uncond" if comparable and self.conditional is not None else "other"
-        if rows == 2 * self.batch:
-            for rows_of in given:
-                if len(rows_of) != rows:
-                    continue
-                low, high = rows_of[: self.batch], rows_of[self.batch :]
-                if _same(high, self.known):
-                    return "uncond+cond"
-                if _same(low, self.known):
-                    return "cond+uncond"
-        return "other"
 
 
 def replaced(out: Any, head: Any) -> Any:
@@ -183,90 +80,13 @@ def replaced(out: Any, head: Any) -> Any:
     return changed
 
 
-def _head(out: Any) -> Any:
+def head_of(out: Any) -> Any:
     if isinstance(out, (Tensor, list)):
         return out
     return out[0]
 
 
-def _is_rows(value: object) -> bool:
+def is_rows(value: object) -> bool:
     if isinstance(value, (list, tuple)):
         return bool(value) and all(isinstance(v, Tensor) for v in value)
     return isinstance(value, Tensor) and value.ndim > 0
-
-
-def _prompts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    named = [kwargs[name] for name in EMBEDS if _is_rows(kwargs.get(name))]
-    return named + [value for value in args[1:] if _is_rows(value)]
-
-
-def _alike(given: Any, known: Any) -> bool:
-    """Whether two sets of prompts could be compared at all."""
-    if isinstance(given, Tensor) != isinstance(known, Tensor):
-        return False
-    if isinstance(given, Tensor):
-        return bool(given.ndim == known.ndim and given.shape[0] == known.shape[0])
-    return len(given) == len(known)
-
-
-def _same(given: Any, known: Any) -> bool:
-    if not _alike(given, known):
-        return False
-    if isinstance(given, Tensor):
-        return given is known or (
-            given.shape == known.shape and torch.equal(given, known.to(given))
-        )
-    return all(_same(g, k) for g, k in zip(given, known, strict=True))
-
-
-def _halves(head: Any) -> tuple[Any, Any]:
-    middle = len(head) // 2
-    return head[:middle], head[middle:]
-
-
-def _mixed(away: Any, toward: Any, share: float) -> Any:
-    if not isinstance(away, Tensor):
-        return [_mixed(a, t, share) for a, t in zip(away, toward, strict=True)]
-    return toward if share == 1 else away + share * (toward - away)
-
-
-def _joined(first: Any, second: Any) -> Any:
-    return torch.cat([first, second]) if isinstance(first, Tensor) else [*first, *second]
-
-
-def _in_form(prediction: Any, like: Tensor) -> Tensor | None:
-    """An answer in the shape of the scheduler's model output, None if it has another."""
-    if isinstance(prediction, (list, tuple)):
-        prediction = torch.stack(list(prediction)) if prediction else None
-    if not isinstance(prediction, Tensor):
-        return None
-    if prediction.ndim == like.ndim and prediction.shape[1] > like.shape[1]:
-        prediction = prediction[:, : like.shape[1]]
-    if prediction.numel() != like.numel():
-        return None
-    found: Tensor = prediction.detach().to(like).reshape(like.shape)
-    return found
-
-
-def _sign(c: Tensor, u: Tensor, output: Tensor, dims: int) -> float | None:
-    """The sign of c in an output that is combined of c and u, None if it is not.
-
-    Args:
-        c: conditional answer.
-        u: unconditional answer.
-        output: to be combined of them.
-        dims: leading dimensions that have factors of their own.
-    """
-    answer, difference, wanted = (t.double().flatten(dims) for t in (c, c - u, output))
-    rows = torch.stack([answer, difference], -2)
-    gram = rows @ rows.mT
-    ridge = 1e-9 * gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).clamp_min(1e-30)
-    gram = gram + torch.diag_embed(ridge.expand(*gram.shape[:-1]))
-    factors = torch.linalg.solve(gram, (rows @ wanted[..., None]))
-    left = wanted - (rows.mT @ factors).squeeze(-1)
-    if left.norm() > CERTAIN * wanted.norm():
-        return None
-    signs = factors[..., 0, 0]
-    if bool((signs > 0).all()):
-        return 1.0
-    return -1.0 if bool((signs < 0).all()) else None

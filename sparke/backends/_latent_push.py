@@ -22,11 +22,11 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparke.backends._families import Level
 from sparke.backends._schedulers import Reading
+from sparke.guidance._vectors import working
 from sparke.protocols import Step
 
 __all__ = ["Passed", "Track"]
@@ -109,11 +109,11 @@ class Track:
         index = getattr(self.scheduler, "step_index", None)
         at = self.reading.position(self.scheduler, timestep) if index is None else int(index) - 1
         self._at = at = min(max(at, 0), len(self.reading.levels) - 1)
-        after = _working(latents)
+        after = working(latents.detach())
         if not self._open:
             self._start = at
             before = _stored(self.scheduler) if self._before is None else self._before
-            self._x = None if before is None else _working(before)
+            self._x = None if before is None else working(before.detach())
             self._denoised = self._estimate(after, denoised)
         self._open = not self.is_last and _unfinished(self.scheduler)
         if self._open or self._x is None or self._denoised is None:
@@ -142,8 +142,8 @@ class Track:
             start = self.reading.levels[self._at]
             clean = getattr(self.scheduler, "predict_x0", True)
             ratio = start.sigma / end.sigma if clean else start.scale / end.scale
-            self.scheduler.last_sample = (_working(last) + ratio * move).to(last.dtype)
-        return (_working(latents) + move).to(latents.dtype)
+            self.scheduler.last_sample = (working(last.detach()) + ratio * move).to(last.dtype)
+        return (working(latents.detach()) + move).to(latents.dtype)
 
     @property
     def _end(self) -> Level:
@@ -168,7 +168,7 @@ class Track:
             return (level.sigma * after - end.sigma * self._x) / (
                 end.alpha * level.sigma - level.alpha * end.sigma
             )
-        found = _working(denoised)
+        found = working(denoised.detach())
         if self._x is None and end.sigma > 0 and not self._eta:
             noise = (after - end.alpha * found) / end.sigma
             self._x = level.alpha * found + level.sigma * noise
@@ -223,10 +223,6 @@ def _stored(scheduler: Any) -> Tensor | None:
     held = vars(scheduler)
     stored = (held.get(name) for name in ("sample", "cur_sample", "last_sample"))
     return next((s for s in stored if isinstance(s, Tensor)), None)
-
-
-def _working(x: Tensor) -> Tensor:
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _like(value: object, x: Tensor) -> Tensor | None:

@@ -11,20 +11,13 @@ from torch import Tensor
 
 from sparke.backends import _encodings
 from sparke.backends._pipeline_run import PipelineRun
-from sparke.backends._prompt_reader import MASK_NAMES, Prompts
-from sparke.protocols import Guider
+from sparke.backends._prompt_reader import MASK_NAMES
 
 __all__ = ["ModularRun", "text_encoder"]
 
 
 class ModularRun(PipelineRun):
     """One call of a modular pipeline, or one loop in it; `arguments` are its live values."""
-
-    def __init__(
-        self, pipeline: Any, guider: Guider, arguments: Mapping[str, Any], prompts: Prompts
-    ) -> None:
-        super().__init__(pipeline, guider, arguments, prompts)
-        self._sources = prompts
 
     @contextmanager
     def guiding(self) -> Iterator[None]:
@@ -61,8 +54,8 @@ class ModularRun(PipelineRun):
             self._prompts.origin = self._origin_like(self._prompts.given())
         super()._begin(batch, latents)
 
-    def _batch(self, rows: int) -> int:
-        return rows  # modular pipelines evaluate one prompt at a time
+    def _batch(self, rows: Tensor) -> int:
+        return len(rows)  # modular pipelines evaluate one prompt at a time
 
     def _guidance_scale(self) -> float:
         guider = vars(self._pipeline).get("guider")
@@ -73,12 +66,12 @@ class ModularRun(PipelineRun):
 
     def _origin_like(self, encoding: _encodings.Encoding | None) -> Tensor | None:
         """The origin of these prompts, by the pipeline's own text encoder where it has one."""
-        key = id(vars(self._pipeline).get("text_encoder"))
         if encoding is None:
             return None
-        if key not in self._sources.origins:
-            self._sources.origins[key] = _origin(self._pipeline, self._prompts.arguments)
-        origin = self._sources.origins[key]
+        origin = self._sources.origin(
+            vars(self._pipeline).get("text_encoder"),
+            lambda: _origin(self._pipeline, self._prompts.arguments),
+        )
         # Embeddings may be projected on their way from the encoder to the loop.
         width = encoding.embeds[0].shape[-1]
         return origin if origin is not None and len(origin) == width else None

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from sparke.backends import _denoisers, _encodings, _schedulers
 from sparke.backends._guided import scheduler_of
+from sparke.backends._predictions import Predictions
 from sparke.backends._prompt_reader import PromptReader, Prompts
 from sparke.errors import GuidanceWarning
+from sparke.guidance._vectors import working
 from sparke.protocols import GuidanceScaleHook, Guider, Run, State
 
 __all__ = ["PipelineRun"]
@@ -36,13 +38,13 @@ class PipelineRun:
     def __init__(
         self, pipeline: Any, guider: Guider, arguments: Mapping[str, Any], prompts: Prompts
     ) -> None:
-        self._pipeline, self._guider = pipeline, guider
+        self._pipeline, self._guider, self._sources = pipeline, guider, prompts
         self._prompts = PromptReader(pipeline, prompts, arguments)
         self._scheduler = scheduler_of(pipeline)
         self._reading: _schedulers.Reading | None = None
         self._latents: Tensor | None = None
         self._run: Run | None = None
-        self._predictions = _denoisers.Predictions(0, None)
+        self._predictions = Predictions(0, None)
         self._answer: Any = None
         self._at = 0
         self._finished: Tensor | None = None
@@ -86,7 +88,7 @@ class PipelineRun:
         self, module: _denoisers.Call, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         reading = self._read()
-        if self._run is None:
+        if self._run is None and not self._sources.late:
             self._begin_at(args, kwargs)
         kind = self._predictions.kind(args, kwargs)
         at = reading.upcoming(self._scheduler, lambda: _denoisers.time_of(args, kwargs))
@@ -157,7 +159,7 @@ class PipelineRun:
         delta = self._delta(reading, self._at, head[:rows], sample[:rows])
         if rows < len(sample):
             delta = torch.cat([delta, delta])  # twins, of which pipelines keep the first
-        moved = reading.levels[self._at].moved(_working(head), delta).to(output.dtype)
+        moved = reading.levels[self._at].moved(working(head), delta).to(output.dtype)
         tail = output[:, head.shape[1] :] if head.shape != output.shape else None
         return moved if tail is None else torch.cat([moved, tail], 1)
 
@@ -174,7 +176,7 @@ class PipelineRun:
         self, reading: _schedulers.Reading, at: int, output: Tensor, sample: Tensor
     ) -> Tensor:
         level = reading.levels[at]
-        noisy, answer = _working(sample.detach()), _working(output.detach())
+        noisy, answer = working(sample.detach()), working(output.detach())
         denoised = level.denoised(answer, noisy)
 
         def conditional() -> Tensor:
@@ -200,7 +202,10 @@ class PipelineRun:
                 len(sample),
             ):
                 return shape[0]
-        self._begin(len(sample) if self._run is None else self._batch(len(sample)), sample)
+            self._sources.late = True
+        labels = self._labels()
+        doubled = labels is not None and len(sample) == 2 * labels
+        self._begin(len(sample) // 2 if doubled else len(sample), sample)
         assert self._run is not None
         return self._run.shape[0]
 
@@ -211,14 +216,22 @@ class PipelineRun:
             return
         rows = _denoisers.first_input(args, kwargs)
         if isinstance(rows, Tensor):
-            self._begin(self._batch(len(rows)), rows)
+            self._begin(self._batch(rows), rows)
 
-    def _batch(self, rows: int) -> int:
-        """Samples among this many rows: half of them where both prompts share a batch."""
+    def _batch(self, rows: Tensor) -> int:
+        """Samples in a denoiser's input: half its rows where both prompts share a batch."""
+        labels, half = self._labels(), len(rows) // 2
+        if labels is not None:
+            return labels
+        guided = getattr(self._pipeline, "do_classifier_free_guidance", False)
+        if guided and len(rows) == 2 * half and torch.equal(rows[:half], rows[half:]):
+            return half
+        return len(rows)
+
+    def _labels(self) -> int | None:
+        """How many class labels the call has, None if it has none."""
         labels = self._prompts.arguments.get("class_labels")
-        if isinstance(labels, (list, Tensor)):
-            return len(labels)
-        return rows // 2 if getattr(self._pipeline, "do_classifier_free_guidance", False) else rows
+        return len(labels) if isinstance(labels, (list, Tensor)) else None
 
     def _begin(self, batch: int, latents: Tensor) -> None:
         cond, origin = self._prompts.rows(batch, latents.device), self._prompts.origin
@@ -234,7 +247,7 @@ class PipelineRun:
         self._guider.begin(run)
         self._run = run
         known = self._prompts.as_given(batch, latents.device)
-        self._predictions = _denoisers.Predictions(batch, known)
+        self._predictions = Predictions(batch, known)
 
     def _warn(self, why: str) -> None:
         if not self._warned:
@@ -244,10 +257,6 @@ class PipelineRun:
                 GuidanceWarning,
                 stacklevel=4,
             )
-
-
-def _working(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _head(output: Tensor, sample: Tensor) -> Tensor | None:

@@ -29,17 +29,30 @@ class Prompts:
         encoder: list of strings -> (n, c), in place of the pipeline's own.
         origins: origin of the embeddings, by the encoder they come from and how it was called.
         asked: those encoders, kept so that none comes in the place of another.
+        late: the samples of the scheduler's steps have another shape than the latents prepared, as
+            an earlier call has shown; only the first step can tell it.
     """
 
     embeds: PromptSource | None = None
     encoder: Callable[[list[str]], Any] | None = None
     origins: dict[Hashable, Tensor | None] = field(default_factory=dict)
     asked: list[Any] = field(default_factory=list)
+    late: bool = False
 
     @property
     def own(self) -> bool:
         """Whether the pipeline's own encoding is what counts."""
         return self.embeds is None and self.encoder is None
+
+    def origin(
+        self, encoder: object, find: Callable[[], Tensor | None], *ways: Hashable
+    ) -> Tensor | None:
+        """The origin of an encoder's embeddings, found once for each way of calling it."""
+        key = (id(encoder), *ways)
+        if key not in self.origins:
+            self.origins[key] = find()
+            self.asked.append(encoder)
+        return self.origins[key]
 
 
 class PromptReader:
@@ -124,17 +137,15 @@ class PromptReader:
         encoder = getattr(self._pipeline, "text_encoder", None)
         if encoder is None and hasattr(self._pipeline, "text_encoder"):
             return  # unloaded: there is nothing to ask
-        ways = tuple(
+        ways = (
             (name, value)
             for name, value in heard.arguments.items()
             if isinstance(value, (bool, int, float)) and not name.startswith(("num_", "do_"))
         )
-        key = (id(encoder), ways)
-        if key not in self._prompts.origins:
-            reference = getattr(self._pipeline, "reference_prompts", _encodings.REFERENCE)
-            self._prompts.origins[key] = _encodings.origin(encode, heard, reference)
-            self._prompts.asked.append(encoder)
-        self.origin = self._prompts.origins[key]
+        reference = getattr(self._pipeline, "reference_prompts", _encodings.REFERENCE)
+        self.origin = self._prompts.origin(
+            encoder, lambda: _encodings.origin(encode, heard, reference), *ways
+        )
 
     def _by_encoder(
         self, encoder: Callable[[list[str]], Any], batch: int, device: torch.device
@@ -146,10 +157,9 @@ class PromptReader:
                 f"prompt_encoder= encodes the call's prompt, a string or a list of them, got "
                 f"{type(prompt).__name__}. Give prompt_embeds= instead."
             )
-        origins = self._prompts.origins
-        if id(encoder) not in origins:
-            origins[id(encoder)] = _encodings.encoded(encoder, _encodings.REFERENCE).mean(0)
-        self.origin = origins[id(encoder)]
+        self.origin = self._prompts.origin(
+            encoder, lambda: _encodings.encoded(encoder, _encodings.REFERENCE).mean(0)
+        )
         return _encodings.rows_of(_encodings.encoded(encoder, texts).to(device), batch)
 
 

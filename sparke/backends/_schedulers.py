@@ -15,11 +15,11 @@ from typing import Any, TypeAlias
 import torch
 
 from sparke.backends import _ladder
-from sparke.backends._families import ENDING_CLEAN, Level, family_of, names_of
+from sparke.backends._families import ENDING_CLEAN, family_of, names_of
 from sparke.errors import UnsupportedTarget
 from sparke.protocols import Step
 
-__all__ = ["Level", "Reading", "fresh_noise", "is_scheduler", "stepping", "supported"]
+__all__ = ["Reading", "fresh_noise", "is_scheduler", "stepping", "supported"]
 
 STOCHASTIC = ("Ancestral", "DDPM", "LCM", "SDE", "SASolver", "UnCLIP", "SCM", "CMStochastic")
 """Parts of the names of schedulers that add fresh noise at each step."""

@@ -12,7 +12,7 @@ __all__ = ["ALGORITHMS", "CAPACITY", "History", "RKEGuidedSampling"]
 
 ALGORITHMS = ("cond-rke", "rke", "cond-vendi", "vendi")
 KERNELS = ("gaussian", "cosine")
-CAPACITY = 1000
+CAPACITY = 10000
 
 
 class History:
@@ -72,8 +72,7 @@ class RKEGuidedSampling(History):
         sigma_text: bandwidth on L2-normalised prompt embeddings; 0.35 if None.
         use_latents_for_guidance: False compares what an image encoder sees; the call then gives
             ``clip_for_guidance=``.
-        max_bank_size: rows kept. Theirs is 10000; room for all of them is taken at the first call
-            here (2.6 GB for latents of SDXL in float32), so the default is 1000.
+        max_bank_size: rows kept, as many as theirs by default.
         model_name: taken for their sake; nothing depends on it.
         model: as `model_name`.
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparke.errors import ArgumentError, MissingHost, UnknownName
+from sparke import checks
+from sparke.errors import ArgumentError, UnknownName
 
 __all__ = ["HOSTS", "Host", "pipeline"]
 
@@ -63,13 +64,8 @@ def pipeline(name: str, model: Any, options: dict[str, Any]) -> Any:
     if name not in HOSTS:
         raise UnknownName("name", name, HOSTS)
     host = HOSTS[name]
-    try:
+    with checks.host("diffusers", "runs the pipeline", "diffusers"):
         import diffusers
-    except ImportError as error:
-        raise MissingHost(
-            f"diffusers runs the pipeline and cannot be imported ({error}): "
-            'pip install "sparke[diffusers]"'
-        ) from error
     if model is None or isinstance(model, (str, os.PathLike)):
         return _loaded(diffusers, host, host.model if model is None else os.fspath(model), options)
     if not isinstance(model, getattr(diffusers, host.kind)):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparke.errors import ArgumentError, MissingHost, ShapeError
+from sparke import checks
+from sparke.errors import ArgumentError, ShapeError
 from sparke.kernels import normalize
 
 __all__ = ["ClipFeatures"]
@@ -181,13 +182,8 @@ def _size(model: Any) -> int:
 
 
 def _loaded(name: str, options: dict[str, Any]) -> Any:
-    try:
+    with checks.host("transformers", "loads image encoders", "diffusers"):
         from transformers import CLIPVisionModelWithProjection
-    except ImportError as error:
-        raise MissingHost(
-            f"transformers loads image encoders and cannot be imported ({error}): "
-            'pip install "sparke[diffusers]"'
-        ) from error
     try:
         model = CLIPVisionModelWithProjection.from_pretrained(name, **options)
     except (OSError, ValueError) as error:

@@ -45,6 +45,8 @@ FRESH_NOISE = 2.0
 """Fresh noise washes earlier pushes out: at eta 1 they are stronger by 1 plus this."""
 HANDOVER = 1.6
 """The host's classifier-free guidance acts below this sigma, in the same units."""
+HANDOVER_UNTOLD = 5.42
+"""The same where nobody tells `sigma_data`: published for SDXL (arXiv 2404.07724)."""
 
 
 class DiversityGuider:
@@ -61,9 +63,10 @@ class DiversityGuider:
     then moved so that x - D' keeps the length of x - D. Samplers that add fresh noise, which washes
     early pushes out, are pushed ``1 + 2 eta`` times as hard. Below ``0.3 sigma_data`` nothing is
     pushed. Where the host shows its classifier-free guidance scale, it is held at 1 above
-    ``1.6 sigma_data``: guidance extrapolates everybody to the same estimate there, and repulsion
-    has nothing to tell apart. The direction is SPARKE's (arXiv 2506.10173), the interval is that
-    of arXiv 2404.07724; the rest was chosen by ``benchmarks/sweep.py``.
+    ``1.6 sigma_data``, or above 5.42 where nobody tells `sigma_data`: guidance extrapolates
+    everybody to the same estimate there, and repulsion has nothing to tell apart. The direction is
+    SPARKE's (arXiv 2506.10173), the interval and its 5.42 are those of arXiv 2404.07724; the rest
+    was chosen by ``benchmarks/sweep.py``.
 
     It does not preserve the model's distribution: it trades the likeliest picture for another. It
     is a pure function of (x, sigma) between ``begin`` and ``finish``; memory is written once, by
@@ -89,7 +92,8 @@ class DiversityGuider:
         features: latents (b, ...) -> rows (b, d) to compare, differentiable; flattened latents if
             None. Memory holds these rows.
         cfg_interval: (lo, hi) outside which the host's guidance scale is held at 1; ``"auto"``:
-            (0, 1.6 sigma_data); None leaves it alone. Acts only while there is something to repel.
+            (0, 1.6 sigma_data), or (0, 5.42) where neither `sigma_data` nor the host tells that;
+            None leaves it alone. Acts only while there is something to repel.
         displaces: ``"denoised"``, or ``"latents"``: the next latents of an Euler step move by
             scale * schedule times the norm of x, as published.
         nonfinite: ``"warn"`` and go on unguided, or ``"raise"``.
@@ -141,7 +145,7 @@ class DiversityGuider:
         if jacobian and reads == "noisy":
             raise ArgumentError("jacobian=True needs reads='denoised' or 'conditional'.")
         self._banks: _banks.Banks | None = None
-        self._sigma_data = 1.0
+        self._handover = HANDOVER_UNTOLD
         self._strength: Schedule = RemainingNoise()
         self._gain = 1.0
 
@@ -193,10 +197,11 @@ class DiversityGuider:
         """
         self._banks = None
         _banks.check(self.score, run)
-        self._sigma_data = self.sigma_data or run.sigma_data or 1.0
+        told = self.sigma_data or run.sigma_data
+        self._handover = HANDOVER * told if told else HANDOVER_UNTOLD
         # The few-step schedule was measured with fresh noise, and is strong enough for it.
         self._gain = 1.0 if isinstance(self.schedule, str) else 1 + FRESH_NOISE * run.eta
-        self._strength = self._scheduled(self._sigma_data)
+        self._strength = self._scheduled(told or 1.0)
         self._banks = _banks.freeze(
             self.score,
             self.memory,
@@ -243,7 +248,7 @@ class DiversityGuider:
         if self.cfg_interval is None or self.scale == 0 or not self._banks:
             return guidance_scale
         if isinstance(self.cfg_interval, str):
-            lo, hi = 0.0, HANDOVER * self._sigma_data
+            lo, hi = 0.0, self._handover
         else:
             lo, hi = self.cfg_interval
         return guidance_scale if lo < step.sigma <= hi else 1.0

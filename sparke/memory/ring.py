@@ -18,8 +18,9 @@ __all__ = ["RingMemory"]
 class RingMemory:
     """Keeps the newest `capacity` samples with their prompts; older ones make room.
 
-    Storage is allocated once, at the first commit, and written in place. Rows may be stored in half
-    precision; whoever reads them gets float32.
+    Storage grows with the rows, by doubling up to the capacity: a row of a video's latents takes
+    megabytes, and most runs keep a few. Rows may be stored in half precision; whoever reads them
+    gets float32.
 
     Asked by prompt, it hands out the rows that can matter: rows are left out, smallest prompt
     weights first, as long as for every query their weights sum to at most ``tolerance/2`` of all
@@ -177,17 +178,22 @@ class RingMemory:
                 memory.commit(Features(x, tensors.get("cond")))
             except (RuntimeError, OverflowError, TypeError) as error:  # torch's, out of memory
                 raise MemoryFileError(
-                    f"{path} asks for a capacity of {kept} rows of width {x.shape[1]}, and there "
-                    f"is no room for them: {error}. Give a smaller capacity=."
+                    f"{path} holds {rows} rows of width {x.shape[1]}, and there is no room for "
+                    f"them: {error}. Give a smaller capacity=."
                 ) from error
         return memory
 
     def _append(self, x: Tensor, cond: Tensor | None) -> None:
+        needed = min(self._seen + len(x), self.capacity)
         if self._x is None:
             self.device = self.device or x.device
-            self._x = torch.zeros(self.capacity, x.shape[1], dtype=self.dtype, device=self.device)
+            self._x = torch.zeros(0, x.shape[1], dtype=self.dtype, device=self.device)
             if cond is not None:
-                self._cond = torch.zeros(self.capacity, cond.shape[1], device=self.device)
+                self._cond = torch.zeros(0, cond.shape[1], device=self.device)
+        if needed > len(self._x):
+            rows = min(self.capacity, max(needed, 2 * len(self._x)))
+            self._x = _grown(self._x, rows)
+            self._cond = None if self._cond is None else _grown(self._cond, rows)
         elif self._seen <= self.capacity < self._seen + len(x):
             # From here on rows are overwritten: selections handed out as views keep the old copy.
             self._x = self._x.clone()
@@ -226,3 +232,10 @@ class RingMemory:
             return ring[: self._seen]
         # A copy even where they lie in order: from now on slots are written over.
         return torch.cat([ring[self._oldest :], ring[: self._oldest]])
+
+
+def _grown(rows: Tensor, size: int) -> Tensor:
+    """The same rows at the head of a larger storage."""
+    larger = rows.new_zeros(size, rows.shape[1])
+    larger[: len(rows)] = rows
+    return larger

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import sparke
 from sparke.backends import _denoisers
-from sparke.backends._denoisers import Predictions
+from sparke.backends._pipeline_run import PipelineRun
+from sparke.backends._predictions import Predictions
 from tests.backends import tiny
 
 BATCH = 2
@@ -302,3 +304,21 @@ def test_inductor() -> None:
     torch.testing.assert_close(sampled(pipe, "dit"), bare, rtol=0, atol=1e-3)
     torch.testing.assert_close(sampled(sparke.wrap(pipe), "dit"), guided, rtol=0, atol=1e-3)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_offloading_keeps_working_and_holds_no_run(name: str) -> None:
+    pipe, case = tiny.ALL[name].make(), tiny.ALL[name]
+
+    def made(target: Any) -> Tensor:
+        return tiny.latents(target(**case.arguments(["a cat", "a dog"])))
+
+    bare = made(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):  # each call hooks the modules anew
+        assert torch.equal(made(sparke.wrap(pipe, scale=0)), bare)
+    first = made(sparke.wrap(pipe, "rke"))
+    assert torch.equal(made(sparke.wrap(pipe, "rke")), first)
+    assert torch.equal(made(pipe), bare)
+    gc.collect()
+    assert not any(isinstance(held, PipelineRun) for held in gc.get_objects())

@@ -862,7 +862,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
     pipe = tiny.ALL[name].make().to(dtype)
     bare = call(pipe, name, SAME)
     memory = Counting()
-    guided = call(sparke.wrap(pipe, memory=memory), name, SAME)
+    guided = call(sparke.wrap(pipe, memory=memory, scale=20.0), name, SAME)
     assert guided.dtype == bare.dtype
     assert guided.isfinite().all()
     assert not torch.equal(guided, bare)
@@ -1177,3 +1177,53 @@ def test_guidance_of_a_part_of_the_schedule() -> None:
     assert sigmas == pytest.approx([float(s) for s in pipe.scheduler.sigmas[6:10]])
     assert [sigma for sigma, _ in guider.told] == pytest.approx(sigmas)
     assert len(guider.finished) == 1
+
+
+# --- latents of another shape than the scheduler's samples
+
+
+class Cropped(diffusers.DiffusionPipeline):  # type: ignore[misc]
+    """Steps all but two columns, as image-to-video pipelines step all but the first frame."""
+
+    do_classifier_free_guidance = True
+
+    def __init__(self, unet: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    def prepare_latents(self, batch: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(batch, 4, 8, 10, generator=generator)
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt_embeds: Tensor, generator: torch.Generator, guidance_scale: float = 5.0
+    ) -> Tensor:
+        self.scheduler.set_timesteps(3)
+        latents = self.prepare_latents(len(prompt_embeds), generator)
+        kept, moving = latents[..., :2], latents[..., 2:]
+        embeds = torch.cat([torch.zeros_like(prompt_embeds), prompt_embeds])
+        for t in self.scheduler.timesteps:
+            both = self.unet(torch.cat([moving] * 2), t, encoder_hidden_states=embeds).sample
+            away, toward = both.chunk(2)
+            guided = away + guidance_scale * (toward - away)
+            moving = self.scheduler.step(guided, t, moving).prev_sample
+        return torch.cat([kept, moving], -1)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_samples_may_have_another_shape_than_the_latents_prepared(batch: int) -> None:
+    parts = tiny.shared("sd")
+    pipe = Cropped(parts.unet, diffusers.DDIMScheduler.from_config(parts.scheduler.config))
+    embeds = torch.randn(1, 7, 32).expand(batch, -1, -1)
+    wrapped = sparke.wrap(pipe, score="cond-rke")
+
+    def made(target: Any) -> Tensor:
+        out: Tensor = target(embeds, torch.Generator().manual_seed(0))
+        return out
+
+    bare = made(pipe)
+    results = [made(wrapped) for _ in range(3)]
+    assert wrapped.memory.features.x.shape == (3 * batch, 4 * 8 * 8)
+    torch.testing.assert_close(wrapped.memory.features.x[-batch:], results[-1][..., 2:].flatten(1))
+    assert not torch.equal(results[1], bare)
+    assert torch.equal(made(pipe), bare)

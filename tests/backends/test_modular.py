@@ -18,8 +18,9 @@ import sparke
 from sparke.backends import _encodings, modular
 from sparke.errors import ArgumentError, MissingPrompts, UnsupportedTarget
 from sparke.guidance import DiversityGuider, GuiderChain
-from sparke.protocols import Run, State
+from sparke.protocols import State
 from tests.backends import tiny
+from tests.probe import Probe
 
 PROMPTS = ["a cat", "a dog"]
 SDXL = tiny.ALL["sdxl-modular"]
@@ -28,25 +29,6 @@ ENCODERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 HELD: dict[str, Any] = {"scale": 1e-30, "cfg_interval": (0, 0)}
 """Repulsion too weak to see, guidance scale held at 1 throughout."""
 STRONG: dict[str, Any] = {"scale": 30.0, "cfg_interval": None}
-
-
-class Probe:
-    """A guider that moves nothing and keeps what it was told."""
-
-    def __init__(self) -> None:
-        self.runs: list[Run] = []
-        self.states: list[State] = []
-        self.finished: list[Tensor] = []
-
-    def begin(self, run: Run) -> None:
-        self.runs.append(run)
-
-    def __call__(self, state: State) -> Tensor:
-        self.states.append(state)
-        return torch.zeros_like(state.denoised)
-
-    def finish(self, x: Tensor) -> None:
-        self.finished.append(x)
 
 
 def converted(name: str, blocks: str, *, output_type: str) -> tuple[Any, Callable[..., Any]]:

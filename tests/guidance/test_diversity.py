@@ -807,3 +807,15 @@ def test_a_schedule_of_ones_own() -> None:
     assert set(asked) == {STEP}
     remaining = started(rke(remembering(bank), schedule=RemainingNoise(), in_batch=False), x)
     torch.testing.assert_close(remaining(at(x, denoised)), STEP.sigma_next * one)
+
+
+@pytest.mark.parametrize(
+    ("given", "told", "handover"), [(None, None, 5.42), (None, 0.5, 0.8), (2.0, 0.5, 3.2)]
+)
+def test_guidance_is_handed_over_at_a_published_level_where_the_spread_is_unknown(
+    given: float | None, told: float | None, handover: float
+) -> None:
+    guider = DiversityGuider("rke", sigma_data=given)
+    guider.begin(Run(torch.Size((2, 3)), torch.device("cpu"), torch.float32, sigma_data=told))
+    for sigma, scale in ((handover * 0.99, 7.0), (handover * 1.01, 1.0)):
+        assert guider.on_guidance_scale(Step(0, sigma, sigma / 2), 7.0) == scale

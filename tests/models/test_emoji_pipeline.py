@@ -23,7 +23,8 @@ from sparke.errors import (
 )
 from sparke.models import emoji
 from sparke.models.emoji._levels import Levels
-from sparke.protocols import Run, State
+from sparke.protocols import State
+from tests.probe import Probe
 
 with warnings.catch_warnings():
     # The host's own dependencies warn at import.
@@ -504,26 +505,17 @@ def test_guidance_works_and_at_scale_0_changes_no_bit(pipe: Any) -> None:
     assert torch.equal(latents(pipe, "dog face", num_images_per_prompt=4), plain)
 
 
-class Spy:
-    """A guider that moves nothing and keeps what it was shown."""
+class Spy(Probe):
+    """Keeps the conditional predictions too."""
 
     def __init__(self) -> None:
-        self.runs: list[Run] = []
-        self.states: list[State] = []
+        super().__init__()
         self.cond: list[Tensor] = []
-        self.finished: list[Tensor] = []
-
-    def begin(self, run: Run) -> None:
-        self.runs.append(run)
 
     def __call__(self, state: State) -> Tensor:
-        self.states.append(state)
         assert state.conditional is not None
         self.cond.append(state.conditional())
-        return torch.zeros_like(state.denoised)
-
-    def finish(self, x: Tensor) -> None:
-        self.finished.append(x)
+        return super().__call__(state)
 
 
 @pytest.mark.parametrize("name", [DPM, EULER, DDIM, FLOW, EDM])

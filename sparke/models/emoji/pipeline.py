@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from sparke.errors import ArgumentError, MissingHost, UnknownName, UnsupportedTarget
+from sparke import checks
+from sparke.errors import ArgumentError, UnknownName, UnsupportedTarget
 from sparke.models.emoji._adapter import EmojiDenoiser
 from sparke.models.emoji._diffusers import pipeline_class
 from sparke.models.emoji.model import EmojiModel, load
@@ -55,13 +56,8 @@ def pipeline(
         UnsupportedTarget: the scheduler cannot run a continuous model of this kind.
         ArgumentError: the scheduler expects another prediction, or clips what it reads.
     """
-    try:
+    with checks.host("diffusers", "runs the pipeline", "diffusers"):
         import diffusers
-    except ImportError as error:
-        raise MissingHost(
-            f"diffusers runs the pipeline and cannot be imported ({error}): "
-            'pip install "sparke[diffusers]"'
-        ) from error
     model = load(device, dtype)
     if scheduler is None or isinstance(scheduler, str):
         made = _named(diffusers, scheduler or _SCHEDULER, model, prediction_type)
