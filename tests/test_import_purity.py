@@ -21,6 +21,8 @@ NEVER = (
     "rich",
     "PIL",
     "scipy",
+    "triton",
+    "usearch",
 )
 PROBE = """
 import importlib, json, sys

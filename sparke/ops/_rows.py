@@ -16,9 +16,13 @@ def working_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def tile_rows(width: int, dtype: torch.dtype) -> int:
-    """How many rows of this width make a tile, at least 4."""
-    return max(4, TILE_BYTES // max(1, width * dtype.itemsize))
+def tile_rows(width: int, dtype: torch.dtype, queries: int = 1) -> int:
+    """How many rows of this width make a tile, at least 4.
+
+    Products of matrices copy their operands in pieces, which is cheaper for fewer rows.
+    """
+    size = TILE_BYTES if queries == 1 else TILE_BYTES // 2
+    return max(4, size // max(1, width * dtype.itemsize))
 
 
 def center_of(rows: Tensor) -> Tensor:

@@ -1,61 +1,50 @@
-"""One query on a CPU: tiles as the batch of an attention, whose keys and values they are.
+"""One query on a CPU: vectors in place of matrices, by numpy's BLAS.
 
-A loop over tiles waits for every thread twice a tile, and one query has little else to do. torch's
-attention takes all tiles in one call, a thread to a tile, and returns each tile's log sum with its
-mean; what remains is to merge a few of them.
+Products with one vector are bound by reading the tile, and numpy's read it nearly as fast as a
+plain sum does. The second product finds the tile in the cache.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from sparke.ops._rows import TILE_BYTES
-
-GROUP = 256
-"""Tiles of one call: their means, a row each, are held at once."""
+from sparke.ops._rows import tile_rows
 
 
-def available() -> bool:
-    """Whether this torch has the operator, which is not part of its promised interface."""
-    return hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+def fits(rows: Tensor) -> bool:
+    """Whether numpy can read these rows as they lie, each in one piece."""
+    return rows.stride(1) == 1 and rows.dtype in (torch.float32, torch.float64)
 
 
-def run(towards: Tensor, rows: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    """(1,) log sum and (1, d) mean of (n, d) rows with exponents ``towards @ rows.T + score``.
+def run(towards: Tensor, rows: Tensor, score: Tensor, gap: float) -> Tensor:
+    """(1, d) mean of (n, d) rows under the softmax of ``score + towards @ rows.T``.
 
-    Zeros for the mean where all of `score`, (1, n), is -inf.
+    `score`, (1, n), is completed in place. Tiles whose best exponent lies `gap` below the best so
+    far are left out of the mean. NaN where all of it is -inf.
     """
-    n, d = rows.shape
-    step = min(n, max(4, TILE_BYTES // (2 * d * rows.element_size())))
-    whole = n - n % step
-    found = [
-        _attend(towards, part.unflatten(0, (-1, step)), known.unflatten(0, (-1, step)))
-        for part, known in zip(
-            rows[:whole].split(GROUP * step), score[0, :whole].split(GROUP * step), strict=True
-        )
-    ]
-    if whole < n:
-        found.append(_attend(towards, rows[None, whole:], score[:, whole:]))
-    return _merge(torch.cat([lse for lse, _ in found]), torch.cat([mean for _, mean in found]))
-
-
-def _attend(towards: Tensor, tiles: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    """(t, r, d) tiles and (t, r) scores -> the (1,) log sum and (1, d) mean of all of them."""
-    keys = tiles[:, None]
-    means, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        towards.expand(len(tiles), 1, 1, -1), keys, keys, attn_mask=score[:, None, None], scale=1.0
-    )
-    means, lse = means.flatten(1), lse.flatten()
-    hidden = score.amax(1) == -torch.inf
-    if bool(hidden.any()):
-        means = means.masked_fill(hidden[:, None], 0)
-        lse = lse.masked_fill(hidden, -torch.inf)
-    return _merge(lse, means)
-
-
-def _merge(lse: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
-    """(t,) log sums and (t, d) means -> those of the union."""
-    total = torch.logsumexp(lse, 0, keepdim=True)
-    p = torch.exp(lse - total.masked_fill(total == -torch.inf, 0))
-    return total, p[None] @ means
+    x, toward, exponents = rows.numpy(), towards[0].numpy(), score[0].numpy()
+    step = tile_rows(x.shape[1], rows.dtype)
+    total: NDArray[np.floating[Any]] = np.zeros_like(toward)
+    best, weight = -np.inf, 0.0
+    with np.errstate(all="ignore"):  # what is not finite shows in the result
+        for low in range(0, len(x), step):
+            tile, found = x[low : low + step], exponents[low : low + step]
+            found += tile @ toward
+            top = float(found.max())
+            if top == -np.inf or top < best - gap:
+                continue
+            if top > best:
+                fade = np.exp(best - top)
+                total *= fade
+                weight *= fade
+                best = top
+            p = np.exp(found - found.dtype.type(best))
+            total += p @ tile
+            weight += float(p.sum())
+        total /= total.dtype.type(weight)
+    return torch.from_numpy(total)[None]

@@ -35,7 +35,7 @@ class Online:
         self.score, self.total = score, total
         self.reference = [0.0] * len(score)
         self._best = [-math.inf] * len(score)
-        self._gap = math.log(max(1, score.shape[1]) / NEGLIGIBLE)
+        self._gap = gap(score.shape[1])
 
     def admits(self, scores: Tensor) -> bool:
         """Take note of a finished tile, (b, r) or (r,); False if no query needs it in its mean.
@@ -67,6 +67,11 @@ class Online:
         self.total.mul_(torch.exp(-delta.clamp_min(0)))
 
 
+def gap(rows: int) -> float:
+    """How far below the largest exponent one of so many rows counts for nothing."""
+    return math.log(max(1, rows) / NEGLIGIBLE)
+
+
 def _exceeds(top: float, best: float) -> bool:
     return top > HEADROOM or (best == -math.inf and top > best)
 
@@ -81,14 +86,14 @@ def run(problem: Problem) -> tuple[Tensor, Tensor]:
     if not centring:
         constant += (towards * center).sum(1, keepdim=True)
     score = _known(problem, constant)
-    if len(query) == 1 and not centring and problem.wants_mean and _single.available():
-        lse, mean = _single.run(towards, rows, score)
-        lse = lse + 0 * constant[0]  # a query that is not finite has no sum
+    if len(query) == 1 and not centring and problem.wants_mean and _single.fits(rows):
+        mean = _single.run(towards, rows, score, gap(len(rows)))
+        lse = _log_sum(problem, score)
         return lse, torch.where((lse == -torch.inf)[:, None], query, mean)
     total = torch.zeros_like(query)
     online = Online(score, total)
     n, d = rows.shape
-    step = tile_rows(d, query.dtype)
+    step = tile_rows(d, query.dtype, len(query))
     scratch = query.new_empty(min(step, n), d) if centring else None
     kept = []
     # A tile takes some 0.2 ms, so microseconds count: one query goes by vectors, and views are made
@@ -136,14 +141,19 @@ def _known(problem: Problem, constant: Tensor) -> Tensor:
     return score
 
 
+def _log_sum(problem: Problem, score: Tensor, reference: Tensor | None = None) -> Tensor:
+    """(b,) log sums of finished exponents, which may be relative to (b, 1) references."""
+    reference = score.new_zeros(len(score), 1) if reference is None else reference
+    # Rounding must not bring a row nearer than its query's distance 0.
+    cap = -reference if problem.log_weight is None else problem.log_weight - reference
+    return torch.logsumexp(torch.minimum(score, cap), 1) + reference[:, 0]
+
+
 def _finish(
     problem: Problem, online: Online, kept: list[int], step: int, shift: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     score, total = online.score, online.total
-    reference = score.new_tensor(online.reference)[:, None]
-    # Rounding must not bring a row nearer than its query's distance 0.
-    cap = -reference if problem.log_weight is None else problem.log_weight - reference
-    lse = torch.logsumexp(torch.minimum(score, cap), 1) + reference[:, 0]
+    lse = _log_sum(problem, score, score.new_tensor(online.reference)[:, None])
     if not problem.wants_mean:
         return lse, total[:, :0]
     p = score.exp()

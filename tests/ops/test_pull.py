@@ -177,7 +177,7 @@ def test_tiles_that_cannot_matter_are_not_read_twice(monkeypatch: pytest.MonkeyP
         return read[-1]
 
     monkeypatch.setattr(_tiles.Online, "admits", noted)
-    monkeypatch.setattr(_single, "available", lambda: False)
+    monkeypatch.setattr(_single, "fits", lambda rows: False)
     rows = torch.arange(40.0)[:, None].repeat(1, 16)
     given: dict[str, Any] = {"query": torch.zeros(1, 16), "rows": rows, "width": 2.0}
     norms, center = ops.squared_norms(rows)
@@ -286,7 +286,7 @@ def test_half_rows_are_never_converted_as_a_whole(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Tensor, "new_empty", counted)
     ops.pull(**{**given, "rows": rows}, norms=norms, center=center, implementation="cpu")
-    assert taken == [_rows.TILE_BYTES // 4]
+    assert taken == [_rows.tile_rows(2048, torch.float32, 2) * 2048]
 
 
 def test_norms_are_about_the_center() -> None:
