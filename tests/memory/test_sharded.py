@@ -38,8 +38,21 @@ def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return launched(tmp_path_factory.mktemp("ranks"), 2, SCENES)
 
 
-def launched(folder: Path, ranks: int, scenes: list[str]) -> Path:
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node={}"]
+ACCELERATE = [
+    "accelerate.commands.launch",
+    "--multi_gpu",  # its word for one process to a rank; without GPUs, too
+    "--num_processes={}",
+    "--num_machines=1",
+    "--mixed_precision=no",
+    "--dynamo_backend=no",
+]
+
+
+def launched(
+    folder: Path, ranks: int, scenes: list[str], launcher: list[str] | None = None
+) -> Path:
+    run = ["-m", *(word.format(ranks) for word in launcher or TORCHRUN)]
     done = subprocess.run(
         [sys.executable, *run, two_ranks.__file__, str(folder), *scenes],
         env=environment(),
@@ -131,6 +144,14 @@ def test_guided_samples_are_those_of_one_process(
         close(found["kept"].x, kept.x)
         assert kept.cond is not None
         assert torch.equal(found["kept"].cond, kept.cond)
+
+
+def test_accelerate_launch_makes_what_torchrun_makes(tmp_path: Path, torchrun: Path) -> None:
+    pytest.importorskip("accelerate")
+    found = seen(launched(tmp_path, 2, ["all"], ACCELERATE), "all", 1)
+    expected = seen(torchrun, "all", 1)
+    for ours, theirs in zip(found["samples"], expected["samples"], strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_guidance_had_something_to_say(in_one: tuple[list[list[Tensor]], Selection]) -> None:
