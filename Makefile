@@ -7,7 +7,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
 EXTRAS_demo := demo,k-diffusion
-EXTRAS_test := demo,k-diffusion,diffusers,test
+EXTRAS_test := demo,k-diffusion,diffusers,lookup,test
 EXTRAS_docs := docs
 
 .DEFAULT_GOAL := help

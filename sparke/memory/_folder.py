@@ -147,10 +147,12 @@ class Folder:
                     journal.path.unlink()
         self.refresh()
 
-    def gather(self, places: NDArray[np.int64], most: int) -> Iterator[tuple[slice, Arrays, bool]]:
+    def gather(
+        self, places: NDArray[np.int64], most: int, only: str | None = None
+    ) -> Iterator[tuple[slice, Arrays, bool]]:
         """The rows at ascending places, at most `most` at a time, until the next are asked for.
 
-        With where they go, and whether they are sealed for good.
+        With where they go, and whether they are sealed for good. `only` names the one column read.
         """
         buffers: Arrays = {}  # one for all parts: blocks of changing sizes would litter the heap
         start = 0
@@ -160,7 +162,7 @@ class Folder:
                 part = slice(at, min(at + most, high))
                 local = places[part] - start
                 rows = {}
-                for name, view in segment.arrays(local).items():
+                for name, view in segment.arrays(local, only).items():
                     if name not in buffers:
                         buffers[name] = np.empty((most, view.shape[1]), view.dtype)
                     rows[name] = buffers[name][: len(local)]
@@ -185,6 +187,16 @@ class Folder:
         shift = np.array([s.first - (end - s.rows) for s, end in zip(segments, ends, strict=True)])
         numbers: NDArray[np.int64] = places + shift[np.searchsorted(ends, places, side="right")]
         return numbers
+
+    def places(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The places of the rows of these numbers, ascending; of those that are still there."""
+        found = [np.empty(0, np.int64)]
+        start = 0
+        for segment in self.segments:
+            here = numbers[(numbers >= segment.first) & (numbers < segment.first + segment.rows)]
+            found.append(here - segment.first + start)
+            start += segment.rows
+        return np.sort(np.concatenate(found))
 
     def name_of(self, place: int) -> Path:
         """The file of the row at a place."""

@@ -120,13 +120,14 @@ class Journal:
             self._crc = data[(found - 1) * size : (found - 1) * size + CHECKED_FROM]
             self.rows += found
 
-    def arrays(self, places: NDArray[np.int64] | None = None) -> Arrays:
+    def arrays(self, places: NDArray[np.int64] | None = None, only: str | None = None) -> Arrays:
         """Views of the rows on disk, mapped while they are held."""
+        names = [name for name in self.layout.dtypes if only in (None, name)]
         if not self.rows:
             empty = np.zeros(0, self.layout.record)
-            return {name: empty[name] for name in self.layout.dtypes}
+            return {name: empty[name] for name in names}
         records = np.memmap(self._file, self.layout.record, "r", shape=(self.rows,))
-        return {name: records[name] for name in self.layout.dtypes}
+        return {name: records[name] for name in names}
 
     def _at(self, offset: int, count: int) -> bytes:
         self._file.seek(offset)

@@ -35,11 +35,12 @@ class Shard:
     layout: Layout
     offsets: dict[str, int]
 
-    def arrays(self, places: NDArray[np.int64] | None = None) -> Arrays:
+    def arrays(self, places: NDArray[np.int64] | None = None, only: str | None = None) -> Arrays:
         """Views of the rows on disk, mapped while they are held.
 
         Args:
             places: of the rows that will be read, if not all of them will be.
+            only: name of the one column that will be, if not all of them.
 
         Raises:
             MemoryFileError: the file is gone or shorter than it was.
@@ -55,17 +56,20 @@ class Shard:
                     self.offsets[name],
                 ).reshape(self.rows, -1)
                 for name, dtype in self.layout.dtypes.items()
+                if only in (None, name)
             }
         except (OSError, ValueError) as error:
             raise MemoryFileError(f"{self.path} is damaged or gone: {error}. {CURE}") from error
         if places is not None and hasattr(mmap, "MADV_WILLNEED"):
-            self._announce(mapped, places)
+            self._announce(mapped, places, only)
         return found
 
-    def _announce(self, mapped: mmap.mmap, places: NDArray[np.int64]) -> None:
+    def _announce(self, mapped: mmap.mmap, places: NDArray[np.int64], only: str | None) -> None:
         """Ask the system for these rows, all at once, and for nothing around them."""
         mapped.madvise(mmap.MADV_RANDOM)
         for name, dtype in self.layout.dtypes.items():
+            if only not in (None, name):
+                continue
             size = self.layout.columns[name] * dtype.itemsize
             starts = self.offsets[name] + places * size
             for start in (starts // mmap.PAGESIZE * mmap.PAGESIZE).tolist():
