@@ -227,6 +227,30 @@ def large(folder: Path, n: int, width: int, select_bytes: int) -> Row:
         shutil.rmtree(place, ignore_errors=True)
 
 
+def lookup(folder: Path, n: int) -> Row:
+    """Selecting by an index of prompts, against weighing every prompt; narrow rows."""
+    place = folder / "lookup"
+    query, _ = fill(DiskMemory(place), n, 16, 4096)
+    score = CondRKE(bandwidth=8.0)
+    exact, indexed = DiskMemory(place), DiskMemory(place, lookup_from=1)
+    made = timed(lambda: indexed.select(query, score.log_weight), 1)
+    opened = DiskMemory(place, lookup_from=1)
+    first = timed(lambda: opened.select(query, score.log_weight), 1)
+    took = {m: timed(lambda m=m: m.select(query, score.log_weight)) for m in (exact, indexed)}  # type: ignore[misc]
+    whole, found = (set(m.select(query, score.log_weight).x[:, 0].tolist()) for m in took)
+    size = (place / "prompts.lookup").stat().st_size
+    shutil.rmtree(place)
+    return {
+        "rows": n,
+        "made once s": made,
+        "its file MB": size / 1e6,
+        "first selection s": first,
+        "against weighing all": took[indexed] / took[exact],
+        "rows missed": len(whole - found),
+        "of": len(whole),
+    }
+
+
 def killed(folder: Path, kills: int) -> Row:
     """kill -9 of a writer at random moments; raises unless everything committed is there."""
     command = [sys.executable, "-m", "tests.memory.kills", str(folder / "kills")]
@@ -240,6 +264,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000, help="of the large folder")
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--select-mb", type=int, default=1024, help="budget of one selection")
+    parser.add_argument("--prompts", type=int, default=20_000, help="of the index of prompts")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--folder", type=Path, help="on the disk to measure; a temporary one")
     args = parser.parse_args()
@@ -247,7 +272,7 @@ def main() -> None:
     content: Row = {}
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
-        content["gate"] = [gate(10_000, 2048)]
+        content["gate"] = [gate(20_000, 2048)]
         _report.show("gated against dense, 1 % of the rows relevant", content["gate"])
         content["throughput"] = throughput(folder, 4096, 8192)
         _report.show("throughput, float16 rows of width 8192", content["throughput"])
@@ -257,6 +282,8 @@ def main() -> None:
         _report.show(
             "selection from disk", [{"figure": k, "": v} for k, v in content["large"][0].items()]
         )
+        content["lookup"] = [lookup(folder, args.prompts)]
+        _report.show("prompts looked up", content["lookup"])
         if os.name == "posix":
             content["kills"] = [killed(folder, args.kills)]
             _report.show("writers killed with SIGKILL", content["kills"])

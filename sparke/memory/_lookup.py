@@ -45,6 +45,8 @@ NEAREST = 8192
 """Rows asked of the index for each query."""
 SAMPLE = 4096
 """Rows weighed for those that the index did not name."""
+EFFORT = 64
+"""Neighbours looked at for each row added: half of usearch's own, and half the time."""
 SAVE_SHARE = 0.05
 """The file is written anew once the index has grown by this share."""
 
@@ -144,7 +146,7 @@ class PromptLookup:
                 MemoryFileWarning,
                 stacklevel=5,
             )
-        return Index(ndim=width or 1, metric="cos", dtype="i8"), 0
+        return Index(ndim=width or 1, metric="cos", dtype="i8", expansion_add=EFFORT), 0
 
     def _save(self) -> None:
         data = bytes(self._index.save(None))
