@@ -74,21 +74,28 @@ def chunk_rows(width: int) -> int:
     return max(1, CHUNK_BYTES // (4 * max(width, 1)))
 
 
-def log_weights(query: Tensor, prompts: Iterable[Tensor], weigh: Weigh | None) -> Tensor:
-    """(b, n) log weights of n rows whose prompts come in chunks; no (b, n, c) is ever formed.
+def log_weights(query: Tensor, prompts: Iterable[Tensor], weigh: Weigh | None, rows: int) -> Tensor:
+    """(b, rows) log weights of rows whose prompts come in chunks; no (b, n, c) is ever formed.
 
     Raises:
         ShapeError: `weigh` returned another shape than (b, rows of the chunk).
     """
-    parts = []
+    whole, at = query.new_empty(len(query), 0), 0
     for chunk in prompts:
-        rows = chunk.to(query.device).float()
+        cond = chunk.to(query.device).float()
         if weigh is None:
-            weight = prompt_log_weight(query, rows, COND_BANDWIDTH)
+            weight = prompt_log_weight(query, cond, COND_BANDWIDTH)
         else:
-            weight = weigh(query, rows)
-        parts.append(checks.shape("weigh()", weight, (len(query), len(rows))).detach())
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            weight = weigh(query, cond)
+        weight = checks.shape("weigh()", weight, (len(query), len(cond))).detach()
+        if len(cond) == rows:
+            return weight
+        if not at:
+            # Made once: small blocks kept between large ones that are freed litter the heap.
+            whole = weight.new_empty(len(query), rows)
+        whole[:, at : at + len(cond)] = weight
+        at += len(cond)
+    return whole
 
 
 def keep(log_weight: Tensor, tolerance: float, most: int | None = None) -> Tensor | None:

@@ -105,7 +105,7 @@ class PromptLookup:
             layout.tensor("cond", arrays["cond"])
             for _, arrays, _ in self._folder.gather(places, most, only="cond")
         )
-        return _gate.log_weights(query, chunks, weigh)
+        return _gate.log_weights(query, chunks, weigh, len(places))
 
     def _extend(self, layout: Layout) -> None:
         """Bring the index up to the rows that are there."""

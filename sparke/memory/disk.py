@@ -74,7 +74,7 @@ class DiskMemory:
         tolerance: as for RingMemory.
         lookup_from: number of rows from which on prompts are looked up in an index
             (``pip install 'sparke[lookup]'``) instead of weighed one by one; None: never. It saves
-            the reading of all prompts at each selection, costs about a third of a millisecond for
+            the reading of all prompts at each selection, costs half a millisecond or more for
             each row once, and is approximate; see ``sparke/memory/_lookup.py``.
         shard_bytes: size of the journal at which it is sealed.
         timeout: seconds to wait for other writers.
@@ -222,7 +222,7 @@ class DiskMemory:
         if self._lookup is not None and rows >= (self.lookup_from or 0):
             found = self._lookup.weigh(query, layout, weigh, self.tolerance)
         if found is None:
-            weight, tolerance = _gate.log_weights(query, self._prompts(layout), weigh), 1.0
+            weight, tolerance = _gate.log_weights(query, self._prompts(layout), weigh, rows), 1.0
             places, rest = np.arange(rows), weight.new_zeros(len(weight), dtype=torch.float64)
         else:
             (weight, places, rest), tolerance = found, 0.5

@@ -119,7 +119,7 @@ class RingMemory:
             return Selection(self._in_order(self._x).float(), rows_cond)
         query = _rules.asked(cond, None if kept is None else kept.shape[1])
         assert kept is not None
-        weight = _gate.log_weights(query, self._prompts(kept), weigh)
+        weight = _gate.log_weights(query, self._prompts(kept), weigh, len(self))
         index = _gate.keep(weight, self.tolerance)
         if index is None:
             x, rows_cond = self._in_order(self._x), self._in_order(kept)
