@@ -10,19 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparke._guiders import SCALE, Given, compares_prompts, guider_of
+from sparke._guiders import CFG_INTERVAL, SCALE, SCORE, Given, compares_prompts, guider_of
 from sparke.backends import _callback_host, _encodings, _latent_push, _prompts, _schedulers
 from sparke.backends._guided import scheduler_of
 from sparke.backends._prompt_reader import PromptSource
 from sparke.errors import ArgumentError, GuidanceWarning, MissingPrompts
-from sparke.protocols import GuidanceScaleHook, Guider, Memory, Run, Score, State
+from sparke.guidance import having
+from sparke.protocols import (
+    ConditionHook,
+    EncoderHook,
+    GuidanceScaleHook,
+    Guider,
+    Memory,
+    ModelHook,
+    NoiseHook,
+    Run,
+    Score,
+    State,
+)
 from sparke.schedules import Schedule
 
 __all__ = ["StepEndCallback", "callback"]
 
+BEYOND: tuple[type[Any], ...] = (NoiseHook, ConditionHook, ModelHook, EncoderHook)
+"""Hooks of what is over by the end of a step."""
+
 
 def callback(
-    score: str | Score = "cond-rke",
+    score: str | Score = SCORE,
     *,
     guider: Given | None = None,
     memory: Memory | None = None,
@@ -30,8 +45,8 @@ def callback(
     prompt_embeds: PromptSource | None = None,
     features: Callable[[Tensor], Tensor] | None = None,
     schedule: Schedule | str | None = None,
-    in_batch: bool = True,
-    cfg_interval: tuple[float, float] | str | None = "auto",
+    in_batch: bool | None = None,
+    cfg_interval: tuple[float, float] | str | None = CFG_INTERVAL,
     **score_options: Any,
 ) -> StepEndCallback:
     """A ``callback_on_step_end`` for diffusers' pipelines that makes different pictures.
@@ -41,25 +56,28 @@ def callback(
     [StepEndCallback][sparke._callback.StepEndCallback] for the differences.
 
     Args:
-        score: how difference is measured; a name (``sparke.scores()``) or a Score.
-        guider: a guider, a score's name, or a sequence of them, in place of the one built from the
-            other arguments.
+        score: how difference is measured; a name (``sparke.scores()``) or a Score; ``"cond-rke"``
+            unless told otherwise.
+        guider: in place of the one made from the other arguments: a guider's name, a score's, a
+            guider, or a sequence of these; see [wrap][sparke.wrap].
         memory: where finished samples are kept; a new ring of 1024 if None.
         scale: strength; 0 leaves the pipeline's output bit-identical.
         prompt_embeds: (b, c), (b, tokens, c), a pair of the latter with its mask, or a function of
             the callback's tensors; the pipeline's own ``prompt_embeds`` if None.
         features: latents -> rows to compare; flattened latents if None.
         schedule: length of the push at a step; see `sparke.schedules`.
-        in_batch: whether samples of one batch repel each other.
+        in_batch: whether samples of one batch repel each other; True if None, or with `guider` what
+            is that guider's own default.
         cfg_interval: where the pipeline's classifier-free guidance stays on; see DiversityGuider.
-        **score_options: the score's own, e.g. ``bandwidth=0.8``.
+        **score_options: the score's own, e.g. ``bandwidth=0.8``; with `guider`, that guider's own.
 
     Returns:
         The callback, with attributes ``guider``, ``memory`` and ``tensor_inputs``.
 
     Raises:
-        UnknownName: no such score; near matches are in the message.
-        ArgumentError: an option has a forbidden value.
+        UnknownName: no such score or guider; near matches are in the message.
+        ArgumentError: an option has a forbidden value or would reach no guider; a guider acts where
+            no callback reaches (initial noise, prompt embeddings, inside the network).
 
     Example:
         ```python
@@ -111,9 +129,18 @@ class StepEndCallback:
     Args:
         guider: displaces the denoised estimate.
         prompt_embeds: in place of the pipeline's own.
+
+    Raises:
+        ArgumentError: the guider has a hook that no callback reaches.
     """
 
     def __init__(self, guider: Guider, prompt_embeds: PromptSource | None = None) -> None:
+        for hook in BEYOND:
+            for member in having(guider, hook):
+                raise ArgumentError(
+                    f"a callback comes after each step and reaches no {hook.__name__}, which "
+                    f"{member!r} needs. Use sparke.wrap(pipe, guider=...) instead."
+                )
         self.guider = guider
         self._prompt_embeds = prompt_embeds
         self._origins: weakref.WeakKeyDictionary[Any, Tensor | None] = weakref.WeakKeyDictionary()

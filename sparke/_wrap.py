@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from sparke import backends
-from sparke._guiders import SCALE, guider_of
+from sparke._guiders import CFG_INTERVAL, SCALE, SCORE, guider_of
 from sparke.errors import ArgumentError
 from sparke.protocols import Guider, Memory, Score
 from sparke.schedules import Schedule
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 def wrap(
     target: T,
-    score: str | Score = "cond-rke",
+    score: str | Score = SCORE,
     *,
     guider: Guider | str | Sequence[Guider | str] | None = None,
     memory: Memory | None = None,
@@ -30,8 +30,8 @@ def wrap(
     prompt_encoder: Callable[[list[str]], Any] | None = None,
     features: Callable[[Tensor], Tensor] | None = None,
     schedule: Schedule | str | None = None,
-    in_batch: bool = True,
-    cfg_interval: tuple[float, float] | str | None = "auto",
+    in_batch: bool | None = None,
+    cfg_interval: tuple[float, float] | str | None = CFG_INTERVAL,
     **score_options: Any,
 ) -> T:
     """A sampler that makes different pictures, used exactly like the one given.
@@ -43,10 +43,15 @@ def wrap(
         target: a pipeline of diffusers, classic or modular; or a function shaped
             ``(model, x, sigmas, ...) -> x`` or ``(model, x, sigma_min, sigma_max, ...) -> x``, such
             as k-diffusion's ``sample_*``.
-        score: how difference is measured; a name (``sparke.scores()``) or a Score.
-        guider: a guider, a score's name, or a sequence of them, in place of the one built from the
-            other arguments; see [DiversityGuider][sparke.guidance.diversity.DiversityGuider] for
-            all its options.
+        score: how difference is measured; a name (``sparke.scores()``) or a Score; ``"cond-rke"``
+            unless told otherwise.
+        guider: in place of a DiversityGuider made from the other arguments: a guider's name
+            (``sparke.guidance.names()``), a score's name (a DiversityGuider of that score), a
+            guider, or a sequence of these, which act in that order; see
+            [GuiderChain][sparke.guidance.GuiderChain]. Of the other arguments, `memory` then goes
+            to every guider given by name that keeps finished samples (contextual keeps other rows),
+            once for each sample, and the rest to the one given by name, if it has them and is the
+            only one.
         memory: where finished samples are kept; a new ring of 1024 if None. Share one between
             wrapped samplers, or load one from a file.
         scale: strength; 0 is bit-identical to the bare target.
@@ -58,9 +63,11 @@ def wrap(
         features: latents -> rows to compare; flattened latents if None.
         schedule: length of the push at a step; see `sparke.schedules`. ``"few-step"`` for models
             of 4 to 8 steps.
-        in_batch: whether samples of one batch repel each other.
+        in_batch: whether samples of one batch repel each other; True if None, or with `guider` what
+            is that guider's own default.
         cfg_interval: where the host's classifier-free guidance stays on; see DiversityGuider.
-        **score_options: the score's own, e.g. ``bandwidth=0.8``.
+        **score_options: the score's own, e.g. ``bandwidth=0.8``; with `guider`, that guider's own,
+            e.g. ``guider="cads", s=0.3``.
 
     Returns:
         The target's own kind, with attributes ``guider`` and ``memory``. A wrapped pipeline shares
@@ -68,8 +75,9 @@ def wrap(
 
     Raises:
         UnsupportedTarget: no backend knows such a target.
-        UnknownName: no such score; near matches are in the message.
-        ArgumentError: an option has a forbidden value.
+        UnknownName: no such score or guider; near matches are in the message.
+        ArgumentError: an option has a forbidden value or would reach no guider; two guiders decide
+            the same thing alone.
 
     Example:
         ```python
@@ -78,6 +86,8 @@ def wrap(
 
         sampler = sparke.wrap(k_diffusion.sampling.sample_dpmpp_2m, score="cond-rke")
         x = sampler(model, noise, sigmas, extra_args={"cond": embeds, "cond_scale": 6.0})
+
+        pipe = sparke.wrap(pipe, guider=["cads", "cond-rke"], memory=memory)
         ```
     """
     backend = backends.of(target)

@@ -20,10 +20,15 @@ __all__ = [
     "Closed",
     "ConditionHook",
     "Crowded",
+    "EncoderHook",
+    "Evaluation",
+    "EvaluationHook",
+    "Exclusive",
     "Features",
     "Fused",
     "GuidanceScaleHook",
     "Guider",
+    "Idle",
     "Memory",
     "ModelHook",
     "NoiseHook",
@@ -36,6 +41,7 @@ __all__ = [
     "State",
     "Step",
     "Weigh",
+    "Yielding",
 ]
 
 Weigh = Callable[[Tensor, Tensor], Tensor]
@@ -130,6 +136,9 @@ class Run:
             tell.
         eta: share of fresh noise the sampler adds at each step: 0 for ODE solvers, 1 for ancestral
             ones.
+        seeds: one number per sample, read off its initial noise: the same noise gives the same
+            seed, in whatever batch. Empty where the host shows no noise. Guiders that draw random
+            numbers draw them from these and leave the host's generators alone.
     """
 
     shape: torch.Size
@@ -139,6 +148,25 @@ class Run:
     sigma_data: float | None = None
     eta: float = 0.0
     cond_origin: Tensor | None = None
+    seeds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One call of the denoiser's network, as known before it is made.
+
+    Attributes:
+        step: where in the schedule.
+        branches: the prompts its rows are for, in order, ``"cond"`` or ``"uncond"``; each branch
+            has `batch` rows, row i of a branch belongs to sample i. ``("uncond", "cond")`` is a
+            call with the rows of classifier-free guidance side by side. Empty where the host does
+            not tell.
+        batch: samples generated together.
+    """
+
+    step: Step
+    branches: tuple[str, ...]
+    batch: int
 
 
 @dataclass(frozen=True)
@@ -154,6 +182,9 @@ class State:
             the host once more where needed; None where the host does not show it.
         evaluate: the denoiser as a differentiable function of x at this sigma; None where the host
             does not allow a second evaluation.
+        again: evaluates the host at this very x once more, (b, ...) the prediction before
+            classifier-free guidance, under whatever the guider's hooks do to the model meanwhile;
+            None where the host does not allow it.
     """
 
     x: Tensor
@@ -162,6 +193,7 @@ class State:
     cond: Tensor | None = None
     conditional: Callable[[], Tensor] | None = None
     evaluate: Callable[[Tensor], Tensor] | None = None
+    again: Callable[[], Tensor] | None = None
 
 
 @runtime_checkable
@@ -295,23 +327,113 @@ class GuidanceScaleHook(Protocol):
 
 @runtime_checkable
 class NoiseHook(Protocol):
-    """Optional hook of a guider: change the initial noise."""
+    """Optional hook of a guider: change the initial noise, once, after ``begin``.
 
-    def on_noise(self, x: Tensor) -> Tensor: ...
+    Hosts call it only where the run starts from pure noise, with latents at their own scale: a run
+    that starts from an image has none to change.
+    """
+
+    def on_noise(self, x: Tensor) -> Tensor:
+        """(b, ...) initial latents in place of x, same shape and dtype."""
+        ...
 
 
 @runtime_checkable
 class ConditionHook(Protocol):
-    """Optional hook of a guider: change the prompt embeddings the denoiser sees at a step."""
+    """Optional hook of a guider: change the prompt embeddings the denoiser sees at a step.
 
-    def on_condition(self, prompt_embeds: Tensor, step: Step) -> Tensor: ...
+    Given the clean embeddings every time; only conditional rows, never those of the null prompt. A
+    network that takes several (tokens, and a pooled vector) has each changed by a call of its own.
+    """
+
+    def on_condition(self, prompt_embeds: Tensor, step: Step, mask: Tensor | None = None) -> Tensor:
+        """(b, tokens, c) or (b, c) embeddings, same shape and dtype.
+
+        `mask`, (b, tokens), is true for tokens of the prompt and false for padding; None where the
+        host tells none. Prompts of different lengths, which some hosts keep in a list, come padded
+        with a mask; tokens that are all zeros count as padding.
+        """
+        ...
 
 
 @runtime_checkable
 class ModelHook(Protocol):
     """Optional hook of a guider: hold the denoiser's blocks hooked while sampling runs."""
 
-    def on_model(self, model: Any) -> AbstractContextManager[None]: ...
+    def on_model(self, model: Any) -> AbstractContextManager[None]:
+        """Entered before the first evaluation, left after the last, whatever happens between.
+
+        `model` is the network (a torch module) where the host shows it: a pipeline's unet or
+        transformer, a k-diffusion model. Hosts with several call it for each.
+        """
+        ...
+
+
+@runtime_checkable
+class EvaluationHook(Protocol):
+    """Optional hook of a guider: be told of each call of the network just before it is made."""
+
+    def on_evaluation(self, evaluation: Evaluation) -> None: ...
+
+
+@runtime_checkable
+class EncoderHook(Protocol):
+    """Optional hook of a guider: have the prompts encoded a second time, differently.
+
+    Where the host encodes prompts itself, it does so again inside this context, and
+    ``State.again`` then gives the network those embeddings in place of the prompts' own. It may be
+    called before ``begin``; a ``contextlib.nullcontext()`` in return spares the second encoding.
+    """
+
+    def on_encoder(self, encoder: Any) -> AbstractContextManager[None]:
+        """Held around the second encoding; `encoder` is a text encoder, a torch module."""
+        ...
+
+
+@runtime_checkable
+class Exclusive(Protocol):
+    """Optional attribute of a guider: what it decides alone.
+
+    Two guiders that claim the same cannot be chained; saying so is an error before the first step.
+    """
+
+    @property
+    def exclusive(self) -> frozenset[str]:
+        """Names of hooks without their ``on_``, under its present settings.
+
+        ``"guidance_scale"`` where it holds classifier-free guidance at scales of its own or
+        replaces it; ``"noise"`` where it puts other noise in place of the host's; ``"condition"``,
+        ``"model"``, ``"evaluation"``, ``"encoder"``. Empty where it claims nothing.
+        """
+        ...
+
+
+@runtime_checkable
+class Yielding(Protocol):
+    """Optional attribute of a guider: what it leaves to whoever claims it."""
+
+    @property
+    def yields(self) -> frozenset[str]:
+        """Names as in [Exclusive][sparke.protocols.Exclusive].
+
+        In a chain with a guider that claims one of them, this one's hook of that name is not
+        called.
+        """
+        ...
+
+
+@runtime_checkable
+class Idle(Protocol):
+    """Optional attribute of a guider: hooks it has no use for under its present settings."""
+
+    @property
+    def idle(self) -> frozenset[str]:
+        """Names as in [Exclusive][sparke.protocols.Exclusive].
+
+        Hosts neither call these hooks nor warn where they cannot: CADS of strength 0 wants no
+        prompt embeddings.
+        """
+        ...
 
 
 @runtime_checkable

@@ -19,9 +19,15 @@ from sparke.testing import check_guider, check_memory, check_score
 # Ours.
 
 
-@pytest.mark.parametrize("kernel", ["gaussian", "cosine"])
 @pytest.mark.parametrize("name", sparke.scores())
-def test_every_score_of_ours_conforms(name: str, kernel: str) -> None:
+def test_every_score_of_ours_conforms(name: str) -> None:
+    check_score(sparke.score(name))
+    check_score(sparke.score(name), cond_width=4, width=11)
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "cosine"])
+@pytest.mark.parametrize("name", ["rke", "cond-rke", "vendi", "cond-vendi"])
+def test_scores_conform_with_other_kernels(name: str, kernel: str) -> None:
     check_score(sparke.score(name, kernel=kernel))
     check_score(sparke.score(name, kernel=kernel, bandwidth=0.9), cond_width=4, width=11)
 
@@ -48,6 +54,29 @@ def test_every_memory_of_ours_conforms(dtype: torch.dtype, capacity: int) -> Non
 )
 def test_every_guider_of_ours_conforms(guider: sparke.Guider) -> None:
     check_guider(guider)
+
+
+NEEDS: dict[str, dict[str, Any]] = {
+    "cvsg": {"exemplars": Features(torch.eye(5, 64))},
+    "novelty": {"reference": Features(torch.eye(5, 64), torch.eye(5))},
+}
+"""What guiders must be given, for latents of 64 numbers and prompts of 5."""
+
+
+def named(name: str) -> sparke.Guider:
+    return sparke.guidance.guider(name, **NEEDS.get(name, {}))
+
+
+@pytest.mark.parametrize("name", sparke.guidance.names())
+def test_every_guider_with_a_name_conforms(name: str) -> None:
+    check_guider(named(name))
+    check_guider(named(name), shape=(2, 4, 16, 1))
+
+
+def test_a_chain_of_them_all_conforms() -> None:
+    names = sparke.guidance.names()
+    assert len(names) > 5
+    check_guider(GuiderChain([named(name) for name in names]))
 
 
 def test_a_guider_conforms_without_prompts_and_with_other_shapes() -> None:

@@ -171,7 +171,13 @@ def generate(
 @app.command()
 def scores() -> None:
     """List the scores: what each one counts as different, and where it is from."""
-    listing.show(Console())
+    listing.show_scores(Console())
+
+
+@app.command()
+def guiders() -> None:
+    """List the guiders: what each one does, where it is from, and which hooks it uses."""
+    listing.show_guiders(Console())
 
 
 def _few(prompts: list[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +11,9 @@ from torch import Tensor
 from sparke import checks, schedules, scores
 from sparke.errors import (
     ArgumentError,
-    GuidanceWarning,
-    NonFiniteGuidance,
-    ShapeError,
     UnknownName,
 )
-from sparke.guidance import _banks, _vectors
+from sparke.guidance import _banks, _samples, _score_options, _vectors
 from sparke.kernels import normalize
 from sparke.memory import RingMemory
 from sparke.protocols import (
@@ -124,6 +120,7 @@ class DiversityGuider:
         nonfinite: str = "warn",
         **score_options: Any,
     ) -> None:
+        _score_options.check(DiversityGuider, score, score_options)
         self.score = scores.score(score, **score_options)
         self.memory: Memory = RingMemory() if memory is None else memory
         if not isinstance(self.memory, Memory):
@@ -148,6 +145,7 @@ class DiversityGuider:
         self._handover = HANDOVER_UNTOLD
         self._strength: Schedule = RemainingNoise()
         self._gain = 1.0
+        self._told: set[int] = set()
 
     @classmethod
     def published(
@@ -187,6 +185,17 @@ class DiversityGuider:
             f"reads={self.reads!r}, in_batch={self.in_batch}, cfg_interval={self.cfg_interval!r})"
         )
 
+    @property
+    def exclusive(self) -> frozenset[str]:
+        """The guidance scale, where a `cfg_interval` is given in numbers."""
+        held = self.scale != 0 and isinstance(self.cfg_interval, tuple)
+        return frozenset({"guidance_scale"} if held else ())
+
+    @property
+    def yields(self) -> frozenset[str]:
+        """The guidance scale, where `cfg_interval` is ``"auto"``."""
+        return frozenset({"guidance_scale"} if self.cfg_interval == "auto" else ())
+
     def begin(self, run: Run) -> None:
         """Freeze memory's rows and prompt weights for one run; check what can be checked.
 
@@ -195,7 +204,7 @@ class DiversityGuider:
             ShapeError: memory holds rows or prompts of another width.
             ArgumentError: the batch is smaller than the score requires.
         """
-        self._banks = None
+        self._banks, self._told = None, set()
         _banks.check(self.score, run)
         told = self.sigma_data or run.sigma_data
         self._handover = HANDOVER * told if told else HANDOVER_UNTOLD
@@ -222,7 +231,8 @@ class DiversityGuider:
         delta = self._length(state, strength) * self._push(state, strength, self._banks)
         if self.keep_residual:
             delta = _vectors.kept_residual(state.x, state.denoised, delta)
-        return self._checked(delta.detach(), state.step).to(state.denoised.dtype)
+        checked = _samples.checked(delta, state.step, self.nonfinite, self._told)
+        return checked.to(state.denoised.dtype)
 
     def finish(self, x: Tensor) -> None:
         """Commit the finished samples, (b, ...), to memory; rows that are not finite are left out.
@@ -231,16 +241,8 @@ class DiversityGuider:
         """
         with torch.no_grad():
             rows = self._rows(_vectors.working(x.detach()))
-        good = torch.isfinite(rows).all(1)
-        if not bool(good.all()):
-            warnings.warn(
-                f"{int((~good).sum())} of {len(rows)} finished samples are not finite; they are "
-                "not kept in memory.",
-                GuidanceWarning,
-                stacklevel=2,
-            )
         cond = None if self._banks is None else self._banks.kept_cond
-        self.memory.commit(Features(rows[good], None if cond is None else cond[good]))
+        _samples.keep(self.memory, rows, cond)
         self._banks = None
 
     def on_guidance_scale(self, step: Step, guidance_scale: float) -> float:
@@ -259,12 +261,7 @@ class DiversityGuider:
         return self.schedule or RemainingNoise(LOWEST * sigma_data, power=1)
 
     def _rows(self, x: Tensor) -> Tensor:
-        rows = x.flatten(1) if self.features is None else self.features(x)
-        if rows.ndim != 2 or rows.shape[0] != x.shape[0]:
-            raise ShapeError(
-                f"features must return ({x.shape[0]}, width) rows, got {tuple(rows.shape)}."
-            )
-        return rows
+        return _samples.rows_of(x, self.features)
 
     def _push(self, state: State, strength: float, banks: _banks.Banks) -> Tensor:
         """(b, ...) sum over the banks, at most of length 1 when the direction is a unit one."""
@@ -288,11 +285,7 @@ class DiversityGuider:
             if state.evaluate is None:
                 raise ArgumentError("jacobian=True needs a host that can be evaluated again.")
             return _vectors.through(state.x, state.evaluate, self._rows)
-        base = self._read(state)
-        if self.features is not None:
-            return _vectors.through(base, None, self._rows)
-        base = _vectors.working(base.detach())
-        return base.flatten(1), lambda gradient: gradient.view_as(base)
+        return _samples.read(self._read(state), self.features)
 
     def _read(self, state: State) -> Tensor:
         if self.reads == "noisy":
@@ -320,19 +313,6 @@ class DiversityGuider:
         gain = step.sigma / (step.sigma - step.sigma_next)
         return strength * gain * _vectors.norm(_vectors.working(state.x))
 
-    def _checked(self, delta: Tensor, step: Step) -> Tensor:
-        good = torch.isfinite(delta.flatten(1)).all(1)
-        if bool(good.all()):
-            return delta
-        message = (
-            f"guidance is not finite at step {step.index} (sigma {step.sigma:.4g}) for "
-            f"{int((~good).sum())} of {len(good)} samples"
-        )
-        if self.nonfinite == "raise":
-            raise NonFiniteGuidance(f"{message}; nonfinite='warn' would go on unguided.")
-        warnings.warn(f"{message}; they go on unguided.", GuidanceWarning, stacklevel=3)
-        return torch.where(_vectors.rowwise(good, delta), delta, 0.0)
-
 
 def _interval(value: tuple[float, float] | str | None) -> tuple[float, float] | str | None:
     if value is None or value == "auto":
@@ -346,3 +326,6 @@ def _interval(value: tuple[float, float] | str | None) -> tuple[float, float] | 
 
 def _unit_rows(x: Tensor) -> Tensor:
     return normalize(x.flatten(1))
+
+
+build = DiversityGuider

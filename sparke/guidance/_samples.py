@@ -1,0 +1,152 @@
+"""A run's samples: as rows to compare, told apart by prompt, checked and kept."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparke.errors import ArgumentError, GuidanceWarning, NonFiniteGuidance, ShapeError
+from sparke.guidance import _vectors
+from sparke.kernels import RELEVANT, prompt_log_weight
+from sparke.protocols import Features, Memory, Requires, Run, Score, Step
+
+COND_BANDWIDTH = 0.35
+"""Of the prompt kernel that tells prompts apart (arXiv 2506.10173)."""
+
+
+def rows_of(x: Tensor, features: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """(b, d) rows to compare: flattened latents, or what `features` makes of them.
+
+    Raises:
+        ShapeError: `features` returned something else.
+    """
+    rows = x.flatten(1) if features is None else features(x)
+    if rows.ndim != 2 or rows.shape[0] != x.shape[0]:
+        raise ShapeError(
+            f"features must return ({x.shape[0]}, width) rows, got {tuple(rows.shape)}."
+        )
+    return rows
+
+
+def read(
+    x: Tensor, features: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """(b, d) rows, detached, and the way back from a gradient in them to one in `x`."""
+    if features is not None:
+        return _vectors.through(x, None, lambda z: rows_of(z, features))
+    base = _vectors.working(x.detach())
+    return base.flatten(1), lambda gradient: gradient.view_as(base)
+
+
+def several(name: str, run: Run) -> None:
+    """Raise unless the run has two samples or more, which `name` needs.
+
+    Raises:
+        ArgumentError: it has one.
+    """
+    if run.shape[0] < 2:
+        raise ArgumentError(
+            f"{name} repels the samples of one batch from each other and needs at least 2, got "
+            f"{run.shape[0]}. Generate several together, or use a guider with a memory, such as "
+            "'spell' or 'diversity'."
+        )
+
+
+@dataclass(frozen=True)
+class SamePrompt:
+    """A score that sees the rows of a query's own prompt in full, and no others.
+
+    Prompts are the same where the squared Gaussian kernel of their embeddings, L2-normalised,
+    bandwidth 0.35, is above 0.1: paraphrases count as one.
+    """
+
+    score: Score
+
+    @property
+    def requires(self) -> Requires:
+        """What the score itself does."""
+        return self.score.requires
+
+    def __call__(self, query: Features, bank: Features) -> Tensor:
+        """(b,) the score's own values; a bank's weights are its own affair."""
+        return self.score(query, bank)
+
+    def log_weight(self, query_cond: Tensor, bank_cond: Tensor) -> Tensor:
+        """(b, c), (n, c) -> (b, n), 0 for the same prompt and -inf for another."""
+        weight = prompt_log_weight(query_cond, bank_cond, COND_BANDWIDTH)
+        return torch.where(weight > RELEVANT, 0.0, -torch.inf)
+
+
+def alike(run: Run, *, prompt_aware: bool = True) -> Tensor:
+    """(b, b), true for two different samples of one batch that are of the same prompt.
+
+    What is the same as the same is the same, so that a batch falls into groups.
+    """
+    b = run.shape[0]
+    mates = torch.ones(b, b, dtype=torch.bool, device=run.device)
+    if prompt_aware and run.cond is not None:
+        cond = run.cond if run.cond_origin is None else run.cond - run.cond_origin.to(run.cond)
+        weight = prompt_log_weight(cond, cond, COND_BANDWIDTH)
+        near = (weight > RELEVANT).to(run.device, torch.float32)
+        for _ in range(b.bit_length()):
+            near = ((near @ near) > 0).float()
+        mates = near > 0
+    return mates & ~torch.eye(b, dtype=torch.bool, device=run.device)
+
+
+def sound(rows: Tensor, mates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows with zeros in place of broken samples, mates without them, (b,) which are sound.
+
+    One broken sample must not break its mates: they no longer see it.
+    """
+    good = torch.isfinite(rows).all(1)
+    rows = torch.where(good[:, None], rows, 0.0)
+    return rows, mates & good & good[:, None], good
+
+
+def checked(delta: Tensor, step: Step, nonfinite: str, told: set[int] | None = None) -> Tensor:
+    """`delta`, detached, zeros for samples where it is not finite.
+
+    Args:
+        delta: (b, ...).
+        step: to name it.
+        nonfinite: ``"warn"`` or ``"raise"``.
+        told: numbers of samples that were warned of in this run, and are not again; those warned of
+            now join them. None: each call warns.
+
+    Raises:
+        NonFiniteGuidance: there are such samples and `nonfinite` is ``"raise"``.
+    """
+    delta = delta.detach()
+    good = torch.isfinite(delta.flatten(1)).all(1)
+    if bool(good.all()):
+        return delta
+    message = (
+        f"guidance is not finite at step {step.index} (sigma {step.sigma:.4g}) for "
+        f"{int((~good).sum())} of {len(good)} samples"
+    )
+    if nonfinite == "raise":
+        raise NonFiniteGuidance(f"{message}; nonfinite='warn' would go on unguided.")
+    broken = set((~good).nonzero().flatten().tolist())
+    if told is None or not broken <= told:
+        warnings.warn(f"{message}; they go on unguided.", GuidanceWarning, stacklevel=3)
+    if told is not None:
+        told |= broken
+    return torch.where(_vectors.rowwise(good, delta), delta, 0.0)
+
+
+def keep(memory: Memory, rows: Tensor, cond: Tensor | None) -> None:
+    """Commit finished samples; rows that are not finite are left out, and said to be."""
+    good = torch.isfinite(rows).all(1)
+    if not bool(good.all()):
+        warnings.warn(
+            f"{int((~good).sum())} of {len(rows)} finished samples are not finite; they are "
+            "not kept in memory.",
+            GuidanceWarning,
+            stacklevel=3,
+        )
+    memory.commit(Features(rows[good], None if cond is None else cond[good]))
