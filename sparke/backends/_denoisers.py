@@ -20,8 +20,8 @@ Watcher: TypeAlias = Callable[[Call, tuple[Any, ...], dict[str, Any]], Any]
 
 
 @contextmanager
-def watched(pipeline: Any, watcher: Watcher) -> Iterator[bool]:
-    """Let `watcher` make the calls of the pipeline's denoisers; tells whether there are any.
+def watched(pipeline: Any, watcher: Watcher) -> Iterator[list[torch.nn.Module]]:
+    """Let `watcher` make the calls of the pipeline's denoisers; tells which there are.
 
     The pipeline holds stand-ins meanwhile that share the modules' state. The modules themselves are
     called as they are: hooks and compiled code inside them notice nothing.
@@ -31,7 +31,7 @@ def watched(pipeline: Any, watcher: Watcher) -> Iterator[bool]:
     stand_ins = {name: _stand_in(module, watcher) for name, module in found.items()}
     held.update(stand_ins)
     try:
-        yield bool(found)
+        yield list(found.values())
     finally:
         for name, stand_in in stand_ins.items():
             # Offloading hooks a module anew within a call and keeps what it was given; from here

@@ -21,9 +21,9 @@ from torch import Tensor
 from sparke.backends import _prompts
 from sparke.errors import GuidanceWarning, ShapeError
 
-__all__ = ["REFERENCE", "Encoding", "encoded", "listened", "origin", "rows_of"]
+__all__ = ["REFERENCE", "Encoding", "encoded", "listened", "origin", "repeated", "rows_of"]
 
-Hear: TypeAlias = Callable[[Callable[..., Any], inspect.BoundArguments, Any], None]
+Hear: TypeAlias = Callable[[Callable[..., Any], inspect.BoundArguments, Any], Any]
 
 REFERENCE = (
     "a red fox asleep in the snow",
@@ -112,11 +112,20 @@ def conditional(embeds: Any, batch: int) -> Any:
     return embeds[:batch] if batch and len(embeds) == 3 * batch else embeds
 
 
+def repeated(embeds: Any, batch: int) -> Any:
+    """Prompts, in a tensor or a list, as denoisers get them, one for each sample."""
+    times = batch // len(embeds)
+    if isinstance(embeds, Tensor):
+        return embeds if times == 1 else embeds.repeat_interleave(times, 0)
+    return [e for e in embeds for _ in range(times)]
+
+
 @contextmanager
 def listened(pipeline: Any, name: str, hear: Hear) -> Iterator[None]:
     """Let `hear` have (the method, its arguments, its result) of each call of a pipeline's method.
 
-    It is heard of on the instance; a pipeline without that method is left alone.
+    What it returns is the result from then on, unless that is None. It is heard of on the instance;
+    a pipeline without that method is left alone.
     """
     held = vars(pipeline)
     method = getattr(pipeline, name, None)
@@ -131,8 +140,8 @@ def listened(pipeline: Any, name: str, hear: Hear) -> Iterator[None]:
         # Some encoders write into the list of prompts they are given.
         before = {k: list(v) if isinstance(v, list) else v for k, v in bound.arguments.items()}
         result = method(*args, **kwargs)
-        hear(method, inspect.BoundArguments(signature, before), result)
-        return result
+        other = hear(method, inspect.BoundArguments(signature, before), result)
+        return result if other is None else other
 
     own = held.get(name)
     held[name] = listening

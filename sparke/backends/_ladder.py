@@ -38,6 +38,11 @@ class Ladder:
         self._adaptive = adaptive
         self._total = None if adaptive else len(sigmas) - 1
 
+    @property
+    def highest(self) -> float:
+        """The first noise level."""
+        return self._sigmas[0]
+
     def __call__(self, sigma: float) -> Step:
         """The step at this noise level; `sigma_next` is the next rung below it."""
         for i, level in enumerate(self._raised):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from sparke.backends import _denoisers, _encodings, _schedulers
-from sparke.backends._guided import scheduler_of
-from sparke.backends._predictions import Predictions
-from sparke.backends._prompt_reader import PromptReader, Prompts
-from sparke.errors import GuidanceWarning
+from sparke.backends._calls import Call
+from sparke.backends._families import Level
+from sparke.backends._prompt_reader import Prompts
+from sparke.backends._run_start import RunStart
 from sparke.guidance._vectors import working
-from sparke.protocols import GuidanceScaleHook, Guider, Run, State
+from sparke.protocols import GuidanceScaleHook, Guider, State
 
 __all__ = ["PipelineRun"]
 
@@ -25,7 +25,7 @@ FROM_ZERO = ("ZImage", "Kandinsky3")
 """Pipelines that add their scale times the difference to the conditional prediction."""
 
 
-class PipelineRun:
+class PipelineRun(RunStart):
     """Brings a guider to one call: begun before the first evaluation, finished after the last.
 
     Args:
@@ -38,17 +38,10 @@ class PipelineRun:
     def __init__(
         self, pipeline: Any, guider: Guider, arguments: Mapping[str, Any], prompts: Prompts
     ) -> None:
-        self._pipeline, self._guider, self._sources = pipeline, guider, prompts
-        self._prompts = PromptReader(pipeline, prompts, arguments)
-        self._scheduler = scheduler_of(pipeline)
-        self._reading: _schedulers.Reading | None = None
-        self._latents: Tensor | None = None
-        self._run: Run | None = None
-        self._predictions = Predictions(0, None)
+        super().__init__(pipeline, guider, arguments, prompts)
         self._answer: Any = None
         self._at = 0
         self._finished: Tensor | None = None
-        self._warned = False
 
     @contextmanager
     def guiding(self) -> Iterator[None]:
@@ -56,10 +49,12 @@ class PipelineRun:
         with ExitStack() as held:
             for part in self._parts():
                 encoder = "encode_prompt" if hasattr(part, "encode_prompt") else "_encode_prompt"
-                held.enter_context(_encodings.listened(part, encoder, self._prompts.hear))
+                held.enter_context(_encodings.listened(part, encoder, self._on_prompts))
                 held.enter_context(_encodings.listened(part, "prepare_latents", self._on_latents))
-                held.enter_context(_denoisers.watched(part, self._on_denoiser))
+                found = held.enter_context(_denoisers.watched(part, self._on_denoiser))
+                self._hooks.networks.extend(found)
             held.enter_context(_schedulers.stepping(self._scheduler, self._on_step))
+            self._hooks.held = held
             yield
         self.finish()
 
@@ -79,23 +74,18 @@ class PipelineRun:
         ]
         return [self._pipeline, *inner]
 
-    def _on_latents(self, _: Callable[..., Any], heard: Any, result: Any) -> None:
-        latents = result[0] if isinstance(result, (tuple, list)) and result else result
-        if isinstance(latents, Tensor) and latents.ndim > 1:
-            self._latents = latents
-
     def _on_denoiser(
         self, module: _denoisers.Call, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         reading = self._read()
-        if self._run is None and not self._sources.late:
+        if self._run is None and (self._hooks.hooks.inside or not self._sources.late):
             self._begin_at(args, kwargs)
         kind = self._predictions.kind(args, kwargs)
         at = reading.upcoming(self._scheduler, lambda: _denoisers.time_of(args, kwargs))
         share = self._share(kind, reading, at)
         if kind == "uncond" and share == 1 and self._answer is not None:
             return self._answer  # what the pipeline would compute is the conditional prediction
-        out = module(*args, **kwargs)
+        out = self._hooks.answer(Call(module, args, kwargs, kind), lambda: reading.step(at))
         if kind == "cond":
             self._answer = out
         return self._predictions.answered(kind, out, share)
@@ -150,6 +140,7 @@ class PipelineRun:
         reading = self._read()
         self._at = reading.position(self._scheduler, timestep)
         rows = self._rows(sample)
+        self._hooks.check()
         head = _head(output, sample)
         if head is None:
             self._warn(
@@ -168,6 +159,8 @@ class PipelineRun:
         assert self._reading is not None
         assert self._run is not None
         self._predictions.next_step()
+        if self._hooks.network is not None:
+            self._hooks.network.next_step()
         self._answer = None
         if self._reading.is_last(self._at):
             self._finished = previous[: self._run.shape[0]].detach().clone()
@@ -183,80 +176,23 @@ class PipelineRun:
             seen = self._predictions.as_output(answer)
             return denoised if seen is None else level.denoised(seen, noisy)
 
-        cond = None if self._run is None else self._run.cond
-        state = State(noisy / level.scale, denoised, reading.step(at), cond, conditional)
+        network, again = self._hooks.network, None
+        look = None if network is None else network.again(self._predictions, answer)
+        if look is not None:
+            again = functools.partial(_seen, level, look, noisy)
+        state = State(
+            noisy / level.scale,
+            denoised,
+            reading.step(at),
+            None if self._run is None else self._run.cond,
+            conditional,
+            again=again,
+        )
         return self._guider(state).to(denoised)
 
-    def _read(self) -> _schedulers.Reading:
-        if self._reading is None or not self._reading.is_of(self._scheduler):
-            self._reading = _schedulers.Reading(self._scheduler)
-            self._run = None  # another loop over the noise levels is another run
-        return self._reading
 
-    def _rows(self, sample: Tensor) -> int:
-        """Samples in the batch, begun now if the latents are not those expected."""
-        if self._run is not None:
-            shape = self._run.shape
-            if shape == sample.shape or (shape[1:], 2 * shape[0]) == (
-                sample.shape[1:],
-                len(sample),
-            ):
-                return shape[0]
-            self._sources.late = True
-        labels = self._labels()
-        doubled = labels is not None and len(sample) == 2 * labels
-        self._begin(len(sample) // 2 if doubled else len(sample), sample)
-        assert self._run is not None
-        return self._run.shape[0]
-
-    def _begin_at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        latents = self._latents
-        if latents is not None:
-            self._begin(len(latents), latents)
-            return
-        rows = _denoisers.first_input(args, kwargs)
-        if isinstance(rows, Tensor):
-            self._begin(self._batch(rows), rows)
-
-    def _batch(self, rows: Tensor) -> int:
-        """Samples in a denoiser's input: half its rows where both prompts share a batch."""
-        labels, half = self._labels(), len(rows) // 2
-        if labels is not None:
-            return labels
-        guided = getattr(self._pipeline, "do_classifier_free_guidance", False)
-        if guided and len(rows) == 2 * half and torch.equal(rows[:half], rows[half:]):
-            return half
-        return len(rows)
-
-    def _labels(self) -> int | None:
-        """How many class labels the call has, None if it has none."""
-        labels = self._prompts.arguments.get("class_labels")
-        return len(labels) if isinstance(labels, (list, Tensor)) else None
-
-    def _begin(self, batch: int, latents: Tensor) -> None:
-        cond, origin = self._prompts.rows(batch, latents.device), self._prompts.origin
-        run = Run(
-            shape=torch.Size((batch, *latents.shape[1:])),
-            device=latents.device,
-            dtype=latents.dtype,
-            cond=cond,
-            cond_origin=None if origin is None else origin.to(latents.device),
-            sigma_data=getattr(self._pipeline, "sigma_data", None),
-            eta=_schedulers.fresh_noise(self._scheduler, self._prompts.arguments),
-        )
-        self._guider.begin(run)
-        self._run = run
-        known = self._prompts.as_given(batch, latents.device)
-        self._predictions = Predictions(batch, known)
-
-    def _warn(self, why: str) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{type(self._pipeline).__name__} goes on unguided: {why}.",
-                GuidanceWarning,
-                stacklevel=4,
-            )
+def _seen(level: Level, look: Callable[[], Tensor], noisy: Tensor) -> Tensor:
+    return level.denoised(look(), noisy)
 
 
 def _head(output: Tensor, sample: Tensor) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparke.backends._denoisers import Rows, first_input, head_of, is_rows, replaced
 
-__all__ = ["Predictions"]
+__all__ = ["Predictions", "in_form", "same"]
 
 EMBEDS = ("encoder_hidden_states", "class_labels", "cap_feats", "prompt_embeds", "clip_text_pooled")
 """Keywords under which they hand it the prompts, most telling first."""
@@ -91,20 +91,37 @@ class Predictions:
         Args:
             output: what the scheduler was given, in float32 or better.
         """
-        c, u = (_in_form(p, output) for p in (self.conditional, self.unconditional))
-        if c is None or u is None:
+        sign = None if self.unconditional is None else self.sign(output)
+        found = None if sign is None else in_form(self.conditional, output)
+        return None if sign is None or found is None else sign * found
+
+    def sign(self, output: Tensor) -> float | None:
+        """What the conditional answer has to be multiplied by in a scheduler's model output.
+
+        Without an unconditional answer, the output is the conditional one, or its negative.
+
+        Returns:
+            1 or -1; None if `output` is not made so.
+        """
+        c, u = (in_form(p, output) for p in (self.conditional, self.unconditional))
+        if c is None or (u is None and self.unconditional is not None):
             return None
+        if u is None:
+            off = {sign: float((output - sign * c).norm()) for sign in (1.0, -1.0)}
+            near = [s for s, distance in off.items() if distance <= CERTAIN * float(output.norm())]
+            return near[0] if len(near) == 1 else None
         sign = _sign(c, u, output, 1)
         if sign is None and output.ndim == 3:  # rescaled token by token
             sign = _sign(c, u, output, 2)
-        return None if sign is None else sign * c
+        return sign
 
     def _told_apart(self, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        if self.known is None:
-            return "other"
         given = _prompts(args, kwargs)
+        if self.known is None:
+            # A network that is given no prompt at all has rows of one kind.
+            return "cond" if rows == self.batch and not given else "other"
         if rows == self.batch:
-            first = any(_same(g, self.known) for g in given)
+            first = any(same(g, self.known) for g in given)
             comparable = any(_alike(g, self.known) for g in given)
             if first:
                 return "cond"
@@ -114,9 +131,9 @@ class Predictions:
                 if len(rows_of) != rows:
                     continue
                 low, high = rows_of[: self.batch], rows_of[self.batch :]
-                if _same(high, self.known):
+                if same(high, self.known):
                     return "uncond+cond"
-                if _same(low, self.known):
+                if same(low, self.known):
                     return "cond+uncond"
         return "other"
 
@@ -135,14 +152,14 @@ def _alike(given: Any, known: Any) -> bool:
     return len(given) == len(known)
 
 
-def _same(given: Any, known: Any) -> bool:
+def same(given: Any, known: Any) -> bool:
     if not _alike(given, known):
         return False
     if isinstance(given, Tensor):
         return given is known or (
             given.shape == known.shape and torch.equal(given, known.to(given))
         )
-    return all(_same(g, k) for g, k in zip(given, known, strict=True))
+    return all(same(g, k) for g, k in zip(given, known, strict=True))
 
 
 def _halves(head: Any) -> tuple[Any, Any]:
@@ -160,7 +177,7 @@ def _joined(first: Any, second: Any) -> Any:
     return torch.cat([first, second]) if isinstance(first, Tensor) else [*first, *second]
 
 
-def _in_form(prediction: Any, like: Tensor) -> Tensor | None:
+def in_form(prediction: Any, like: Tensor) -> Tensor | None:
     """An answer in the shape of the scheduler's model output, None if it has another."""
     if isinstance(prediction, (list, tuple)):
         prediction = torch.stack(list(prediction)) if prediction else None

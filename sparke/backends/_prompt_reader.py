@@ -73,10 +73,20 @@ class PromptReader:
     def __init__(self, pipeline: Any, prompts: Prompts, arguments: Mapping[str, Any]) -> None:
         self._pipeline, self._prompts, self.arguments = pipeline, prompts, arguments
         self._encoding: _encodings.Encoding | None = None
+        self._heard = False
         self.origin: Tensor | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether `rows` can tell all it will."""
+        if self._heard or not self._prompts.own or self.given() is not None:
+            return True
+        encode = ("encode_prompt", "_encode_prompt")
+        return not any(callable(getattr(self._pipeline, name, None)) for name in encode)
 
     def hear(self, encode: Callable[..., Any], heard: inspect.BoundArguments, result: Any) -> None:
         """Note what ``encode_prompt`` returned; the first call is for the prompts themselves."""
+        self._heard = True
         if self._encoding is not None:
             return
         images = heard.arguments.get("num_images_per_prompt")
@@ -123,7 +133,7 @@ class PromptReader:
         encoding = self._encoding or self.given()
         if encoding is None:
             return None
-        return _repeated(_encodings.conditional(encoding.embeds, batch), batch)
+        return _encodings.repeated(_encodings.conditional(encoding.embeds, batch), batch)
 
     def given(self) -> _encodings.Encoding | None:
         """Embeddings the caller handed to the pipeline itself."""
@@ -161,11 +171,3 @@ class PromptReader:
             encoder, lambda: _encodings.encoded(encoder, _encodings.REFERENCE).mean(0)
         )
         return _encodings.rows_of(_encodings.encoded(encoder, texts).to(device), batch)
-
-
-def _repeated(embeds: Any, batch: int) -> Any:
-    """Prompts as the denoiser gets them, one for each sample."""
-    times = batch // len(embeds)
-    if isinstance(embeds, Tensor):
-        return embeds if times == 1 else embeds.repeat_interleave(times, 0)
-    return [e for e in embeds for _ in range(times)]

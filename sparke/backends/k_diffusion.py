@@ -13,16 +13,18 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from sparke.backends import _ladder, _prompts
+from sparke.backends import _ladder, _noise, _prompts
+from sparke.backends._guided_model import GuidedModel, network_of, told
+from sparke.backends._hooked import Hooks, named, warn
 from sparke.errors import ArgumentError, ShapeError
-from sparke.protocols import GuidanceScaleHook, Guider, Run, State, Step
+from sparke.protocols import Guider, Run
 
 __all__ = ["GuidedModel", "accepts", "attach"]
 
 PromptSource: TypeAlias = "_prompts.Prompts | Callable[[Mapping[str, Any]], _prompts.Prompts]"
 
-SCALE_NAMES = ("cond_scale", "guidance_scale", "cfg_scale")
-"""Keywords under which denoisers take their classifier-free guidance scale; 1 turns it off."""
+FAR = 10.0
+"""An image is drowned by noise of this many times its spread, where no model tells a level."""
 
 
 def accepts(target: object) -> bool:
@@ -52,6 +54,15 @@ def attach(
         A function that calls `target` with the arguments it was given, the model replaced. It has
         the attributes ``guider`` and ``memory``. Its errors come before the first evaluation:
         ArgumentError for sigmas that do not descend, ShapeError for prompts that do not match.
+
+    Hooks of the guider: ``on_noise`` is asked where the sampler is given noise alone, which is when
+    it starts at the ``sigma_max`` that the model tells (or, where it tells none, at ten times its
+    ``sigma_data`` or more) from what looks like white noise of that level; elsewhere a warning says
+    that it was not. ``on_condition`` gets the floating point tensors of ``cond`` that have a row
+    for each sample, with the mask in ``cond_mask`` or ``mask`` where there is one; ``on_model`` the
+    outermost torch module in the model, or the model itself. ``on_evaluation`` is told
+    ``("cond",)`` for a call at scale 1 and no branches otherwise: what a denoiser does to guide is
+    its own business. ``on_encoder`` has nothing to encode here, and a warning says so.
     """
     signature = inspect.signature(target)
     if "prompt_embeds" in signature.parameters:
@@ -75,12 +86,23 @@ def attach(
             device=x.device,
             dtype=x.dtype,
             cond=_prompts_of(source, extra_args, x),
-            sigma_data=_sigma_data(model),
+            sigma_data=told(model, "sigma_data"),
             eta=_eta(signature, arguments),
+            seeds=_noise.seeds(x),
         )
+        hooks = Hooks(guider)
         guider.begin(run)
-        arguments["model"] = GuidedModel(model, guider, run, ladder)
-        result: Tensor = target(*bound.args, **bound.kwargs)
+        if hooks.encoders:
+            warn(
+                f"{named(hooks.encoders)} has prompts encoded a second time, and a sampler gets "
+                "embeddings only: there is no second encoding. Guide a pipeline of diffusers that "
+                "encodes its prompts, or turn that part of the guider off.",
+                1,
+            )
+        arguments["x"] = _started(hooks, x, ladder.highest, model)
+        arguments["model"] = GuidedModel(model, guider, run, ladder, hooks)
+        with hooks.holding([network_of(model)] if hooks.models else []):
+            result: Tensor = target(*bound.args, **bound.kwargs)
         # dpm_adaptive hands back a pair when it is asked for its statistics.
         guider.finish(result[0] if isinstance(result, tuple) else result)
         return result
@@ -91,60 +113,24 @@ def attach(
     return sampler
 
 
-class GuidedModel:
-    """A denoiser ``model(x, sigma, **extra_args)`` that adds the guider's displacement.
-
-    Attributes it does not have are the wrapped model's.
-    """
-
-    def __init__(self, model: Any, guider: Guider, run: Run, ladder: _ladder.Ladder) -> None:
-        self._model, self._guider, self._run, self._ladder = model, guider, run, ladder
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_model":  # asked for before it is set, as copy does
-            raise AttributeError(name)
-        return getattr(self._model, name)
-
-    def __call__(self, x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
-        step = self._ladder(float(sigma.reshape(-1)[0]))
-        kwargs = self._scaled(step, kwargs)
-        denoised: Tensor = self._model(x, sigma, **kwargs)
-
-        def evaluate(z: Tensor) -> Tensor:
-            out: Tensor = self._model(z, sigma, **kwargs)
-            return out
-
-        def conditional() -> Tensor:
-            name = _scale_name(kwargs)
-            if name is None or kwargs[name] == 1:
-                return denoised
-            out: Tensor = self._model(x, sigma, **{**kwargs, name: 1.0})
-            return out
-
-        delta = self._guider(State(x, denoised, step, self._run.cond, conditional, evaluate))
-        return denoised + delta.to(denoised.dtype)
-
-    def _scaled(self, step: Step, kwargs: dict[str, Any]) -> dict[str, Any]:
-        name = _scale_name(kwargs)
-        if name is None or not isinstance(self._guider, GuidanceScaleHook):
-            return kwargs
-        scale = self._guider.on_guidance_scale(step, kwargs[name])
-        return kwargs if scale == kwargs[name] else {**kwargs, name: scale}
-
-
-def _scale_name(kwargs: Mapping[str, Any]) -> str | None:
-    numbers = (name for name in SCALE_NAMES if isinstance(kwargs.get(name), (int, float)))
-    return next(numbers, None)
-
-
-def _sigma_data(model: Any) -> float | None:
-    """The data's standard deviation where the denoiser, or the model inside it, tells it."""
-    for _ in range(4):
-        value = getattr(model, "sigma_data", None)
-        if isinstance(value, (int, float)) and value > 0:
-            return float(value)
-        model = getattr(model, "inner_model", None)
-    return None
+def _started(hooks: Hooks, x: Tensor, sigma: float, model: Any) -> Tensor:
+    """The latents to start from: `x`, or noise in its place where it is noise and nothing else."""
+    if not hooks.noise:
+        return x
+    highest = told(model, "sigma_max")
+    if highest is not None and sigma < 0.99 * highest:
+        why = f"the run starts at sigma {sigma:.4g}, below the model's sigma_max {highest:.4g}"
+    elif highest is None and sigma < FAR * (told(model, "sigma_data") or 1.0):
+        why = (
+            f"the run starts at sigma {sigma:.4g}, where an image would show; if it is noise, set "
+            "the model's attribute sigma_max to that"
+        )
+    elif not _noise.is_white(x, sigma):
+        why = f"x is no white noise of standard deviation {sigma:.4g}, the first of the sigmas"
+    else:
+        return hooks.start(x)
+    warn(f"the initial noise is left to the host, {named(hooks.noise)} is not asked: {why}.", 2)
+    return x
 
 
 def _eta(signature: inspect.Signature, arguments: Mapping[str, Any]) -> float:

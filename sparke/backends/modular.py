@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from sparke.backends._guided import guided, scheduler_of
+from sparke.backends._hooked import Hooks
 from sparke.backends._modular_run import ModularRun, text_encoder
 from sparke.backends._prompt_reader import Prompts, PromptSource
 from sparke.errors import ArgumentError, UnsupportedTarget
@@ -97,7 +98,9 @@ def insert(target: T, guider: Guider, *, prompt_embeds: PromptSource | None = No
     Raises:
         UnsupportedTarget: no loop with a block ``after_denoiser`` in it. While running: the loop
             has no ``noise_pred`` for its scheduler.
-        ArgumentError: guidance was inserted before; join guiders by `sparke.GuiderChain`.
+        ArgumentError: guidance was inserted before; join guiders by `sparke.GuiderChain`. Or the
+            guider has hooks on the noise, the embeddings, the network or the encoders, which blocks
+            cannot reach.
 
     Example:
         ```python
@@ -115,6 +118,11 @@ def insert(target: T, guider: Guider, *, prompt_embeds: PromptSource | None = No
         raise ArgumentError(
             "guidance is inserted here already. Call remove(...) first, or insert one "
             "GuiderChain of several guiders."
+        )
+    if lost := Hooks(guider).offered:
+        raise ArgumentError(
+            f"guider={guider!r} needs {', '.join(lost)}, where blocks in a loop do not reach. Use "
+            "sparke.wrap(pipe, guider=...) instead."
         )
     before, after = _block_classes()
     prompts, encoder = Prompts(prompt_embeds), text_encoder(_blocks_of(target))
