@@ -110,6 +110,18 @@ def cond_vendi(
     return math.exp(joint - entropy(eigenvalues(k_t), q))
 
 
+def dpp_gain(z: Row, rows: Rows, kernel: str, s: float, jitter: float) -> float:
+    """Log-likelihood of the rows with z less that without, plus that of a sample unlike all."""
+
+    def log_likelihood(x: Rows) -> float:
+        k = np.array(matrix(x, lambda u, v: similarity(kernel, u, v, s))) + jitter * np.eye(len(x))
+        low, high = (float(np.linalg.slogdet(m)[1]) for m in (k, k + np.eye(len(x))))
+        return low - high
+
+    alone = math.log((1 + jitter) / (2 + jitter))
+    return log_likelihood([*rows, z]) - log_likelihood(rows) - alone
+
+
 def rke(rows: Rows, kernel: str, s: float) -> float:
     k = matrix(rows, lambda u, v: similarity(kernel, u, v, s))
     return len(rows) ** 2 / frobenius2(k)

@@ -15,10 +15,23 @@ from sparke.errors import ArgumentError
 from sparke.protocols import Requires, Score
 from sparke.scores.cond_rke import CondRKE as CondRKE
 from sparke.scores.cond_vendi import CondVendi as CondVendi
+from sparke.scores.dpp import DPP as DPP
+from sparke.scores.particle import Particle as Particle
 from sparke.scores.rke import RKE as RKE
+from sparke.scores.spell import SPELL as SPELL
 from sparke.scores.vendi import Vendi as Vendi
 
-__all__ = ["RKE", "CondRKE", "CondVendi", "Vendi", "names", "score"]
+__all__ = [
+    "DPP",
+    "RKE",
+    "SPELL",
+    "CondRKE",
+    "CondVendi",
+    "Particle",
+    "Vendi",
+    "names",
+    "score",
+]
 
 
 def names() -> list[str]:
