@@ -1,0 +1,132 @@
+"""Pictures in files as rows of features: references and exemplars for guiders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparke.backends import _images, _pictures
+from sparke.errors import ArgumentError, ShapeError
+from sparke.protocols import Features
+
+__all__ = ["reference_images"]
+
+
+def reference_images(
+    source: _pictures.Source,
+    pipeline: Any = None,
+    *,
+    captions: _pictures.Captions = "auto",
+    height: int | None = None,
+    width: int | None = None,
+    encode: Callable[[Tensor], Tensor] | None = None,
+    prompt_encoder: Callable[[list[str]], Any] | None = None,
+    features: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+    **encode_options: Any,
+) -> Features:
+    """Pictures as clean latents of a pipeline of diffusers, with their captions as prompts.
+
+    Each picture is turned as its EXIF data say, laid on white where it is transparent, scaled to
+    cover the size, cut to its middle and encoded by the pipeline's VAE: the mean of its
+    distribution, shifted, scaled and packed as the pipeline does. Captions are encoded by the
+    pipeline's own ``encode_prompt`` and pooled as the prompts of a guided call are, so that the two
+    can be compared. The rows lie on the CPU, in float32, in the order of the files' names.
+
+    Known are pipelines of one AutoencoderKL or the like, Flux and QwenImage, and for pictures video
+    models that draw one frame; for others give `encode`.
+
+    Args:
+        source: a folder, of which the pictures are taken by name and folders inside it are not; or
+            files.
+        pipeline: whose latents are wanted; None with `encode`.
+        captions: one for each picture, in order or by file name; None for none. ``"auto"``: those
+            of ``captions.csv`` in the folder (columns file and caption, with a line of titles or
+            without), else of a ``.txt`` file beside each picture, else none.
+        height: of the pictures that will be drawn; the pipeline's usual one if None.
+        width: of the same.
+        encode: pictures (b, 3, height, width) in [-1, 1] -> (b, ...) latents, in place of the VAE.
+        prompt_encoder: list of strings -> (n, c), in place of the pipeline's encoding; give
+            `sparke.wrap` the same.
+        features: latents -> rows (b, d), where the guider compares those; flattened latents if
+            None.
+        batch_size: pictures encoded at once.
+        progress: show the pipeline's own progress bar where there is more than one batch.
+        **encode_options: arguments of the pipeline's call that reach its ``encode_prompt``, such as
+            ``max_sequence_length``, where calls will not leave them at their default.
+
+    Returns:
+        Features of n rows, for [ReferenceMemory][sparke.memory.reference.ReferenceMemory],
+        [Novelty][sparke.guidance.novelty.Novelty] and [CVSG][sparke.guidance.cvsg.CVSG].
+
+    Raises:
+        ArgumentError: no pictures; one that cannot be read, or whose latents are not finite, by its
+            name; a caption is missing; the pipeline is of another kind; an option is unknown.
+        ShapeError: `encode` or `features` returned something else than one row for each picture.
+        MissingHost: Pillow is not installed.
+
+    Example:
+        ```python
+        seen = sparke.images.reference_images("pictures", pipe)
+        pipe = sparke.wrap(pipe, guider=Novelty(seen))
+        ```
+    """
+    if pipeline is None and encode is None:
+        raise ArgumentError("pipeline or encode must be given; got neither.")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ArgumentError(f"batch_size must be a whole number above 0, got {batch_size!r}.")
+    if encode is None:
+        _images.check_vae(pipeline)
+    _images.check_options(pipeline, encode_options)
+    files = _pictures.files_of(source)
+    told = _pictures.captions_of(files, source, captions)
+    size = _images.size_of(pipeline, height, width, own=encode is None)
+    bar = _bar(pipeline, len(files), shown=progress and len(files) > batch_size)
+    with torch.no_grad(), bar as shown:
+        rows = []
+        for first in range(0, len(files), batch_size):
+            part = files[first : first + batch_size]
+            pictures = torch.stack([_pictures.read(file, *size) for file in part])
+            latents = _images.latents_of(pipeline, pictures) if encode is None else encode(pictures)
+            found = latents.flatten(1) if features is None else features(latents)
+            rows.append(_checked(found, [file.name for file in part]))
+            if shown is not None:
+                shown.update(len(part))
+        cond = None
+        if told is not None:
+            cond = _images.caption_rows(pipeline, told, prompt_encoder, encode_options)
+    _freed(pipeline)
+    return Features(torch.cat(rows), cond)
+
+
+def _bar(pipeline: Any, total: int, *, shown: bool) -> Any:
+    bar = getattr(pipeline, "progress_bar", None)
+    return bar(total=total) if shown and callable(bar) else nullcontext()
+
+
+def _checked(rows: Tensor, names: list[str]) -> Tensor:
+    if rows.ndim != 2 or len(rows) != len(names):
+        raise ShapeError(
+            f"encode and features must give one row for each of {len(names)} pictures, got "
+            f"{tuple(rows.shape)}."
+        )
+    good = torch.isfinite(rows).all(1).tolist()
+    for name, is_good in zip(names, good, strict=True):
+        if not is_good:
+            raise ArgumentError(
+                f"the latents of {name!r} are not finite. An encoder in half precision may "
+                "overflow; give it in float32 or bfloat16, pipe.vae.to(torch.float32)."
+            )
+    return rows.float().cpu()
+
+
+def _freed(pipeline: Any) -> None:
+    """Let a pipeline that offloads its models do so, as it does after a call."""
+    free = getattr(pipeline, "maybe_free_model_hooks", None)
+    if callable(free):
+        free()
