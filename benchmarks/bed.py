@@ -57,8 +57,9 @@ class Bed(ABC):
         batch against fixed memory is its rows one by one; tested) and is as many times as fast.
         """
         guider = make()
-        if isinstance(guider, sparke.DiversityGuider):
-            guider.in_batch = False
+        for member in getattr(guider, "guiders", (guider,)):
+            if hasattr(member, "in_batch"):
+                setattr(member, "in_batch", False)  # noqa: B010  a Guider need not have it
         noise = self.noise(seed, rounds * len(self.prompts)).unflatten(0, (rounds, -1))
         made = [
             self.run(guider, noise[r], self.prompts, cfg, steps, seed + r) for r in range(rounds)

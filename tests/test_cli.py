@@ -471,7 +471,9 @@ def test_bad_arguments(command: str, argv: list[str], said: str, run: Run, tmp_p
     assert tree(tmp_path) == {"file": b"mine"}
 
 
-@pytest.mark.parametrize("argv", [["nonsense"], ["--nonsense"], ["generate"], ["scores", "extra"]])
+@pytest.mark.parametrize(
+    "argv", [["nonsense"], ["--nonsense"], ["generate"], ["scores", "extra"], ["guiders", "x"]]
+)
 def test_wrong_usage(argv: list[str], run: Run) -> None:
     refused(run(*argv), "--help", code=2)
 
@@ -600,13 +602,54 @@ def test_scores_lists_plugins_and_outlives_broken_ones(
         assert words in out
 
 
+def test_guiders_lists_all(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "150")
+    code, out, err = run("guiders")
+    assert (code, err) == (0, "")
+    rows = {line.split("│")[1].strip(): line for line in out.splitlines() if line.count("│") == 6}
+    assert set(rows) - {""} == set(sparke.guidance.names())
+    for name, said in {
+        "cads": ("arXiv 2310.17347", "on_condition", "sparke"),
+        "interval": ("arXiv 2404.07724", "on_guidance_scale"),
+        "diversity": ("arXiv 2506.10173", "finished samples"),
+    }.items():
+        assert all(words in rows[name] for words in said)
+    assert "on_" not in rows["diversity"].replace("on_guidance_scale", "")
+    assert "sparke scores" in out
+
+
+def test_guiders_lists_plugins_and_outlives_broken_ones(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "sparke_pushes-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sparke-pushes\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[sparke.guiders]\nours = sparke_pushes:made\nbare = sparke_pushes:bare\n"
+        "broken = sparke_pushes:Nothing\n"
+    )
+    (tmp_path / "sparke_pushes.py").write_text(
+        "from sparke.guidance.cads import CADS\n\n\ndef made(needed) -> CADS:\n"
+        '    """Pushes [a] thing.\n\n    See arXiv:1234.56789."""\n\n\ndef bare(): ...\n'
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "150")
+    code, out, err = run("guiders")
+    assert (code, err) == (0, "")
+    (ours,) = (line for line in out.splitlines() if " ours " in line)
+    for words in ("Pushes [a] thing.", "1234.56789", "on_condition", "sparke-pushes"):
+        assert words in ours
+    assert "(no description)" in next(line for line in out.splitlines() if " bare " in line)
+    assert "cannot be used" in out
+
+
 def test_version_and_help(run: Run) -> None:
     assert run("--version") == (0, f"sparke {sparke.__version__}\n", "")
     code, out, _ = run("--help")
     assert code == 0
-    assert all(command in out for command in ("demo", "generate", "scores"))
+    assert all(command in out for command in ("demo", "generate", "scores", "guiders"))
     assert run()[0] == 2
-    for command in ("demo", "generate", "scores"):
+    for command in ("demo", "generate", "scores", "guiders"):
         code, out, err = run(command, "--help")
         assert (code, err) == (0, "")
         assert "Usage: sparke" in out

@@ -21,7 +21,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"guidance"}),
     frozenset({"backends", "_guiders"}),
     frozenset({"testing"}),
-    frozenset({"_wrap", "_callback"}),
+    frozenset({"_wrap", "_callback", "images"}),
     frozenset({"compat"}),
     frozenset({"__init__"}),
     frozenset({"_cli"}),

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/diffusers.md")
+METHODS = sorted(path.name for path in (ROOT / "docs" / "methods").glob("*.md"))
+PAGES = ("README.md", "docs/diffusers.md", *(f"docs/methods/{name}" for name in METHODS))
 BLOCKS = [
     pytest.param(block, id=f"{page}-{i}")
     for page in PAGES
@@ -19,7 +20,8 @@ BLOCKS = [
 
 
 def test_there_are_blocks_to_run() -> None:
-    assert len(BLOCKS) >= 6
+    assert len(METHODS) >= 11
+    assert len(BLOCKS) >= 6 + len(METHODS)
 
 
 @pytest.mark.parametrize("block", BLOCKS)

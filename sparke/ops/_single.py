@@ -30,6 +30,7 @@ def run(towards: Tensor, rows: Tensor, score: Tensor, gap: float) -> Tensor:
     x, toward, exponents = rows.numpy(), towards[0].numpy(), score[0].numpy()
     step = tile_rows(x.shape[1], rows.dtype)
     total: NDArray[np.floating[Any]] = np.zeros_like(toward)
+    part = np.empty_like(toward)
     best, weight = -np.inf, 0.0
     with np.errstate(all="ignore"):  # what is not finite shows in the result
         for low in range(0, len(x), step):
@@ -44,7 +45,7 @@ def run(towards: Tensor, rows: Tensor, score: Tensor, gap: float) -> Tensor:
                 weight *= fade
                 best = top
             p = np.exp(found - found.dtype.type(best))
-            total += p @ tile
+            total += np.matmul(p, tile, out=part)
             weight += float(p.sum())
         total /= total.dtype.type(weight)
     return torch.from_numpy(total)[None]

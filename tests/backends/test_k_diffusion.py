@@ -930,3 +930,10 @@ def test_modes_that_guidance_took_away_come_back(how: Setting, name: str) -> Non
 @settings
 def test_more_modes_in_many_dimensions(how: Setting, name: str) -> None:
     assert_more_modes(how, name, GaussianMixture.structured(), steps=12)
+
+
+def test_an_empty_batch_is_an_error_that_says_so() -> None:
+    mixture = GaussianMixture.planar()
+    sampler = sparke.wrap(sampling.sample_euler, score="rke")
+    with pytest.raises(ArgumentError, match="batch of at least 1, got 0"):
+        sampler(mixture, torch.zeros(0, 2), mixture.sigmas(4), disable=True)
