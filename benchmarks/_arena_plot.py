@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ MARKS = "osv^D<>PXh*d"
 
 
 def draw(points: Sequence[dict[str, Any]], folder: Path = IMAGES) -> list[Path]:
-    """Write ``arena-BED-WAY.png``; returns their paths."""
+    """Write ``arena-BED-WAY.png``; returns their paths. Nothing without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no pictures: pip install matplotlib")
+        return []
     import matplotlib
 
     matplotlib.use("Agg")
