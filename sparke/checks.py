@@ -10,9 +10,19 @@ import torch
 from torch import Tensor
 
 from sparke.errors import ArgumentError, MissingHost, ShapeError
-from sparke.protocols import Features
+from sparke.protocols import Features, Memory
 
-__all__ = ["choice", "features", "finite", "host", "pair", "positive", "rows_of", "shape"]
+__all__ = [
+    "choice",
+    "features",
+    "finite",
+    "host",
+    "memory",
+    "pair",
+    "positive",
+    "rows_of",
+    "shape",
+]
 
 
 def positive(name: str, value: float, *, zero: bool = False) -> float:
@@ -51,6 +61,15 @@ def rows_of(name: str, value: Tensor, rows: int) -> Tensor:
     if value.ndim != 2 or value.shape[0] != rows:
         raise ShapeError(
             f"{name} must be ({rows}, width), one row per sample; got shape {tuple(value.shape)}."
+        )
+    return value
+
+
+def memory(name: str, value: Memory) -> Memory:
+    """`value` if it has a Memory's methods."""
+    if not isinstance(value, Memory):
+        raise ArgumentError(
+            f"{name}={value!r} is no Memory: it needs __len__, commit(items) and select(cond)."
         )
     return value
 

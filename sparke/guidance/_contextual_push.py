@@ -12,7 +12,7 @@ from torch import Tensor
 from sparke.errors import GuidanceWarning
 from sparke.guidance import _vectors
 from sparke.guidance._contextual_span import Span, Whole
-from sparke.protocols import Closed, Crowded, Features, PromptWeighted, Score, Selection
+from sparke.protocols import Crowded, Features, PromptWeighted, Score, Selection
 from sparke.scores import Vendi
 
 __all__ = ["apart", "entropy_gradient", "finite", "read", "rounding", "sized"]
@@ -114,10 +114,7 @@ def read(score: Score, query: Features, bank: Selection) -> Reading:
     Where prompts differ there is nothing to repel, and only the crowding tells: a direction has
     the same length however little the rows it comes from weigh.
     """
-    if isinstance(score, Closed):
-        gradient = score.direction(query, bank)
-    else:
-        gradient = _vectors.gradient(score, query, bank)
+    gradient = _vectors.ascent(score, query, bank)
     if isinstance(score, PromptWeighted) and isinstance(score, Crowded):
         return gradient, score.crowding(query, bank)
     return gradient, gradient.new_ones(len(gradient))

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparke.errors import ArgumentError, GuidanceWarning, NonFiniteGuidance, ShapeError
 from sparke.guidance import _vectors
 from sparke.kernels import RELEVANT, prompt_log_weight
-from sparke.protocols import Features, Memory, Requires, Run, Score, Step
+from sparke.protocols import Features, Memory, Requires, Run, Score, State, Step
 
 COND_BANDWIDTH = 0.35
 """Of the prompt kernel that tells prompts apart (arXiv 2506.10173)."""
@@ -40,6 +40,28 @@ def read(
         return _vectors.through(x, None, lambda z: rows_of(z, features))
     base = _vectors.working(x.detach())
     return base.flatten(1), lambda gradient: gradient.view_as(base)
+
+
+def evaluated(
+    state: State, features: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """As `read`, of the denoiser evaluated once more: the way back ends in the noisy latents.
+
+    Raises:
+        ArgumentError: the host cannot be evaluated again.
+    """
+    return _vectors.through(state.x, evaluation(state), lambda z: rows_of(z, features))
+
+
+def evaluation(state: State) -> Callable[[Tensor], Tensor]:
+    """The denoiser as a function of x, for ``jacobian=True``.
+
+    Raises:
+        ArgumentError: the host cannot be evaluated again.
+    """
+    if state.evaluate is None:
+        raise ArgumentError("jacobian=True needs a host that can be evaluated again.")
+    return state.evaluate
 
 
 def several(name: str, run: Run) -> None:
@@ -108,7 +130,7 @@ def sound(rows: Tensor, mates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rows, mates & good & good[:, None], good
 
 
-def checked(delta: Tensor, step: Step, nonfinite: str, told: set[int] | None = None) -> Tensor:
+def checked(delta: Tensor, step: Step, nonfinite: str, told: set[int]) -> Tensor:
     """`delta`, detached, zeros for samples where it is not finite.
 
     Args:
@@ -116,7 +138,7 @@ def checked(delta: Tensor, step: Step, nonfinite: str, told: set[int] | None = N
         step: to name it.
         nonfinite: ``"warn"`` or ``"raise"``.
         told: numbers of samples that were warned of in this run, and are not again; those warned of
-            now join them. None: each call warns.
+            now join them.
 
     Raises:
         NonFiniteGuidance: there are such samples and `nonfinite` is ``"raise"``.
@@ -132,10 +154,9 @@ def checked(delta: Tensor, step: Step, nonfinite: str, told: set[int] | None = N
     if nonfinite == "raise":
         raise NonFiniteGuidance(f"{message}; nonfinite='warn' would go on unguided.")
     broken = set((~good).nonzero().flatten().tolist())
-    if told is None or not broken <= told:
+    if not broken <= told:
         warnings.warn(f"{message}; they go on unguided.", GuidanceWarning, stacklevel=3)
-    if told is not None:
-        told |= broken
+    told |= broken
     return torch.where(_vectors.rowwise(good, delta), delta, 0.0)
 
 

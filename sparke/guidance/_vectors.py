@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparke.protocols import Features, Score, Selection
+from sparke.protocols import Closed, Features, Score, Selection, State
 
 
 def working(x: Tensor) -> Tensor:
@@ -56,6 +56,20 @@ def through(
         return working(pulled)
 
     return out.detach(), pull
+
+
+def next_latents(state: State) -> Tensor:
+    """(b, 1, ...) lengths of displacements of `denoised` that move Euler's next x by its length."""
+    step = state.step
+    # An Euler step to sigma_next takes (1 - sigma_next/sigma) of a displacement of denoised.
+    return step.sigma / (step.sigma - step.sigma_next) * norm(working(state.x))
+
+
+def ascent(score: Score, query: Features, bank: Selection) -> Tensor:
+    """(b, d) gradient of each query's own score: in closed form where the score has one."""
+    if isinstance(score, Closed):
+        return score.direction(query, bank)
+    return gradient(score, query, bank)
 
 
 def gradient(score: Score, query: Features, bank: Selection) -> Tensor:

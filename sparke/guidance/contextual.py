@@ -100,11 +100,7 @@ class Contextual:
         _score_options.check(Contextual, score, score_options)
         self.score = _contextual_options.cosine(score, score_options)
         self.memory_score = score_of(memory_score)
-        if memory is not None and not isinstance(memory, Memory):
-            raise ArgumentError(
-                f"memory={memory!r} is no Memory: it needs __len__, commit(items) and select(cond)."
-            )
-        self.memory = memory
+        self.memory = None if memory is None else checks.memory("memory", memory)
         self.eta = checks.positive("eta", eta, zero=True)
         self.steps = _contextual_options.first_steps(steps)
         self.iterations = _contextual_options.whole("iterations", iterations)

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from sparke import checks
-from sparke.errors import ArgumentError
 from sparke.guidance import _banks, _contexts, _samples, _score_options, _vectors
 from sparke.memory import RingMemory
-from sparke.protocols import Closed, Features, Memory, Run, Score, Selection, State
+from sparke.protocols import Features, Memory, Run, Score, Selection, State
 from sparke.schedules import EveryNth, RemainingNoise, Schedule
 from sparke.scores import score as score_of
 
@@ -113,11 +112,7 @@ class CVSG:
         _score_options.check(CVSG, score, score_options)
         self.score = score_of(score, **score_options)
         self.contexts = _contexts.Contexts(exemplars, context, features)
-        self.memory: Memory = RingMemory() if memory is None else memory
-        if not isinstance(self.memory, Memory):
-            raise ArgumentError(
-                f"memory={memory!r} is no Memory: it needs __len__, commit(items) and select(cond)."
-            )
+        self.memory: Memory = RingMemory() if memory is None else checks.memory("memory", memory)
         self.beta = checks.positive("beta", beta, zero=True)
         self.displaces = checks.choice("displaces", displaces, ("latents", "denoised"))
         published = displaces == "latents"
@@ -189,7 +184,7 @@ class CVSG:
         A guider of scale 0 keeps memory too: what was generated unguided is history as well.
         """
         with torch.no_grad():
-            rows = self._rows(_vectors.working(x.detach()))
+            rows = _samples.rows_of(_vectors.working(x.detach()), self.features)
         _samples.keep(self.memory, rows, None if self._banks is None else self._banks.kept_cond)
         self._banks, self._exemplars = None, []
 
@@ -197,23 +192,18 @@ class CVSG:
         """(b, d) of what was made, minus beta times that of the exemplars."""
         total = torch.zeros_like(query.x)
         for score, bank in made:
-            total = total + _ascent(score, query, bank)
+            total = total + _vectors.ascent(score, query, bank)
         if self.beta:
             for rows, score, bank in self._exemplars:
                 cond = None if query.cond is None else query.cond[rows]
-                inside = _ascent(score, Features(query.x[rows], cond), bank)
+                inside = _vectors.ascent(score, Features(query.x[rows], cond), bank)
                 total = total.index_add(0, rows, inside, alpha=-self.beta)
         return total
-
-    def _rows(self, x: Tensor) -> Tensor:
-        return _samples.rows_of(x, self.features)
 
     def _query(self, state: State) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """(b, d) rows the score compares, and the way back from their gradient to latents."""
         if self.jacobian:
-            if state.evaluate is None:
-                raise ArgumentError("jacobian=True needs a host that can be evaluated again.")
-            return _vectors.through(state.x, state.evaluate, self._rows)
+            return _samples.evaluated(state, self.features)
         base = state.denoised
         if self.reads == "conditional" and state.conditional is not None:
             base = state.conditional()
@@ -222,16 +212,7 @@ class CVSG:
     def _length(self, state: State, strength: float) -> Tensor | float:
         if self.displaces == "denoised":
             return strength
-        step = state.step
-        # An Euler step to sigma_next takes (1 - sigma_next/sigma) of a displacement of denoised.
-        gain = step.sigma / (step.sigma - step.sigma_next)
-        return strength * gain * _vectors.norm(_vectors.working(state.x))
-
-
-def _ascent(score: Score, query: Features, bank: Selection) -> Tensor:
-    if isinstance(score, Closed):
-        return score.direction(query, bank)
-    return _vectors.gradient(score, query, bank)
+        return strength * _vectors.next_latents(state)
 
 
 build = CVSG

@@ -17,7 +17,6 @@ from sparke.guidance import _banks, _samples, _score_options, _vectors
 from sparke.kernels import normalize
 from sparke.memory import RingMemory
 from sparke.protocols import (
-    Closed,
     Crowded,
     Features,
     Fused,
@@ -122,11 +121,7 @@ class DiversityGuider:
     ) -> None:
         _score_options.check(DiversityGuider, score, score_options)
         self.score = scores.score(score, **score_options)
-        self.memory: Memory = RingMemory() if memory is None else memory
-        if not isinstance(self.memory, Memory):
-            raise ArgumentError(
-                f"memory={memory!r} is no Memory: it needs __len__, commit(items) and select(cond)."
-            )
+        self.memory: Memory = RingMemory() if memory is None else checks.memory("memory", memory)
         self.scale = checks.positive("scale", scale, zero=True)
         self.schedule = schedule
         if isinstance(schedule, str) and schedule not in schedules.NAMES:
@@ -240,7 +235,7 @@ class DiversityGuider:
         A guider of scale 0 keeps memory too: what was generated unguided is history as well.
         """
         with torch.no_grad():
-            rows = self._rows(_vectors.working(x.detach()))
+            rows = _samples.rows_of(_vectors.working(x.detach()), self.features)
         cond = None if self._banks is None else self._banks.kept_cond
         _samples.keep(self.memory, rows, cond)
         self._banks = None
@@ -259,9 +254,6 @@ class DiversityGuider:
         if isinstance(self.schedule, str):
             return FewSteps(FEW_STEPS_LOWEST * sigma_data)
         return self.schedule or RemainingNoise(LOWEST * sigma_data, power=1)
-
-    def _rows(self, x: Tensor) -> Tensor:
-        return _samples.rows_of(x, self.features)
 
     def _push(self, state: State, strength: float, banks: _banks.Banks) -> Tensor:
         """(b, ...) sum over the banks, at most of length 1 when the direction is a unit one."""
@@ -282,9 +274,7 @@ class DiversityGuider:
     def _query(self, state: State) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """(b, d) rows the score compares, and the way back from their gradient to latents."""
         if self.jacobian:
-            if state.evaluate is None:
-                raise ArgumentError("jacobian=True needs a host that can be evaluated again.")
-            return _vectors.through(state.x, state.evaluate, self._rows)
+            return _samples.evaluated(state, self.features)
         return _samples.read(self._read(state), self.features)
 
     def _read(self, state: State) -> Tensor:
@@ -297,10 +287,7 @@ class DiversityGuider:
     def _direction(self, score: Score, query: Features, bank: Selection) -> tuple[Tensor, Tensor]:
         if self.gate and isinstance(score, Fused):
             return score.direction_and_crowding(query, bank)
-        if isinstance(score, Closed):
-            gradient = score.direction(query, bank)
-        else:
-            gradient = _vectors.gradient(score, query, bank)
+        gradient = _vectors.ascent(score, query, bank)
         if self.gate and isinstance(score, Crowded):
             return gradient, score.crowding(query, bank)
         return gradient, gradient.new_ones(len(gradient))
@@ -308,10 +295,7 @@ class DiversityGuider:
     def _length(self, state: State, strength: float) -> Tensor | float:
         if self.displaces == "denoised":
             return strength * self._gain
-        step = state.step
-        # An Euler step to sigma_next takes (1 - sigma_next/sigma) of a displacement of denoised.
-        gain = step.sigma / (step.sigma - step.sigma_next)
-        return strength * gain * _vectors.norm(_vectors.working(state.x))
+        return strength * _vectors.next_latents(state)
 
 
 def _interval(value: tuple[float, float] | str | None) -> tuple[float, float] | str | None:

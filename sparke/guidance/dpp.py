@@ -160,15 +160,14 @@ class DPP:
 
     def _gradient(self, state: State, mates: Tensor) -> Tensor:
         """(b, ...) of the log-likelihood; NaN for samples that are not finite themselves."""
-        if self.jacobian and state.evaluate is None:
-            raise ArgumentError("jacobian=True needs a host that can be evaluated again.")
+        evaluate = _samples.evaluation(state) if self.jacobian else None
         # Samplers run under no_grad and some hosts under inference mode.
         with torch.inference_mode(False), torch.enable_grad():
             x = _vectors.working(state.x.detach().clone())
             mates = mates.clone()
-            if self.jacobian and state.evaluate is not None:
+            if evaluate is not None:
                 leaf = x.requires_grad_()
-                denoised = _vectors.working(state.evaluate(leaf.to(state.x.dtype)))
+                denoised = _vectors.working(evaluate(leaf.to(state.x.dtype)))
             else:
                 leaf = _vectors.working(state.denoised.detach().clone()).requires_grad_()
                 denoised = leaf

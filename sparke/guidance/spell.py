@@ -78,11 +78,7 @@ class SPELL:
         sigma_data: float | None = None,
         nonfinite: str = "warn",
     ) -> None:
-        self.memory: Memory = RingMemory() if memory is None else memory
-        if not isinstance(self.memory, Memory):
-            raise ArgumentError(
-                f"memory={memory!r} is no Memory: it needs __len__, commit(items) and select(cond)."
-            )
+        self.memory: Memory = RingMemory() if memory is None else checks.memory("memory", memory)
         if not isinstance(protected, (Memory, Features, Tensor, type(None))):
             raise ArgumentError(
                 "protected must be a Memory, a Selection, Features or a tensor of latents "

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sparke import checks
-from sparke.errors import ArgumentError, ShapeError
+from sparke.errors import ShapeError
 from sparke.memory import _rules
 from sparke.memory._ranks import CALLS, DTYPES, RankError, Ranks, Told
 from sparke.memory._spread import Link, SpreadSelection
@@ -75,13 +75,10 @@ class ShardedMemory:
     ) -> None:
         self.keep = checks.choice("keep", keep, KEEP)
         timeout = checks.positive("timeout", timeout)
-        if store is not None and not isinstance(store, Memory):
-            raise ArgumentError(
-                f"store={store!r} is no Memory: it needs __len__, commit(items) and select(cond)."
-            )
-        # Siblings do not import each other; the family they are members of knows both.
-        ring: Memory = sys.modules[__package__].RingMemory() if store is None else store
-        self.store = ring
+        if store is None:
+            # Siblings do not import each other; the family they are members of knows both.
+            store = sys.modules[__package__].RingMemory()
+        self.store = checks.memory("store", store)
         self._ranks = Ranks(group, timeout)
         self._runs = 0
         self._like: _rules.Widths | None = None

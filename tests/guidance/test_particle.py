@@ -239,19 +239,6 @@ def test_no_strength_is_bit_identical(name: str) -> None:
         assert torch.equal(run(wrapped, **options), run(bare, **options))
 
 
-def test_it_goes_by_name_as_a_guider_and_as_a_score() -> None:
-    prompts = PROMPTS[:1] * 4
-    bare = run(sampling.sample_euler, prompts=prompts)
-    guided: Any = sparke.wrap(sampling.sample_euler, guider="particle")
-    scored: Any = sparke.wrap(sampling.sample_euler, score="particle")
-    assert isinstance(guided.guider, Particle)
-    assert type(scored.guider.score).__module__ == "sparke.scores.particle"
-    for wrapped in (guided, scored):
-        ours = run(wrapped, prompts=prompts)
-        assert bool(ours.isfinite().all())
-        assert not torch.allclose(ours, bare, atol=1e-4)
-
-
 def test_it_conforms() -> None:
     check_guider(Particle())
     check_guider(Particle(features=lambda z: z.flatten(1)[:, ::2].square()), cond_width=None)

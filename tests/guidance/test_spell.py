@@ -338,19 +338,6 @@ def test_no_strength_is_bit_identical(name: str) -> None:
     assert len(wrapped.memory) == 16
 
 
-def test_it_goes_by_name_as_a_guider_and_as_a_score() -> None:
-    prompts = PROMPTS[:1] * 4
-    bare = run(sampling.sample_euler, prompts=prompts)
-    guided: Any = sparke.wrap(sampling.sample_euler, guider="spell")
-    scored: Any = sparke.wrap(sampling.sample_euler, score="spell")
-    assert isinstance(guided.guider, SPELL)
-    assert type(scored.guider.score).__module__ == "sparke.scores.spell"
-    for wrapped in (guided, scored):
-        ours = run(wrapped, prompts=prompts)
-        assert bool(ours.isfinite().all())
-        assert not torch.allclose(ours, bare, atol=1e-4)
-
-
 def test_it_conforms() -> None:
     check_guider(SPELL())
     check_guider(SPELL(protected=torch.randn(5, 4, 4, 4), prompt_aware=False), cond_width=None)
