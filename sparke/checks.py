@@ -18,23 +18,62 @@ __all__ = [
     "finite",
     "host",
     "memory",
+    "number",
     "pair",
     "positive",
+    "positives",
     "rows_of",
     "shape",
+    "whole",
 ]
+
+
+def number(value: object) -> float | None:
+    """`value` as a float if it is a number or holds just one, else None.
+
+    Text and truth values are no numbers, though Python would make one of either.
+    """
+    if isinstance(value, (str, bytes, bytearray)) or type(value).__name__ in ("bool", "bool_"):
+        return None
+    if isinstance(value, Tensor) and value.dtype == torch.bool:
+        return None
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def positive(name: str, value: float, *, zero: bool = False) -> float:
     """`value` as a float, finite and above zero (or at least zero)."""
     rule = "at least 0" if zero else "above 0"
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ArgumentError(f"{name} must be a number {rule}, got {value!r}.") from None
-    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
-        raise ArgumentError(f"{name} must be finite and {rule}, got {value!r}.")
-    return number
+    found = number(value)
+    if found is None:
+        raise ArgumentError(f"{name} must be a number {rule}, got {_shown(value)}.")
+    if not math.isfinite(found) or found < 0 or (found == 0 and not zero):
+        raise ArgumentError(f"{name} must be finite and {rule}, got {_shown(value)}.")
+    return found
+
+
+def positives(name: str, value: Tensor) -> Tensor:
+    """`value` if it is one real number above 0, or a column (b, 1) of them, one for each query."""
+    if value.ndim not in (0, 2) or value.shape[1:] not in ((), (1,)):
+        raise ShapeError(
+            f"{name} must be a single number or (b, 1), one for each query; got shape "
+            f"{tuple(value.shape)}."
+        )
+    numeric = value.dtype != torch.bool and not value.is_complex()
+    if not numeric or not bool((value.isfinite() & (value > 0)).all()):
+        raise ArgumentError(f"{name} must be finite and above 0 throughout, got {value.tolist()}.")
+    return value
+
+
+def whole(name: str, value: int) -> int:
+    """`value` if it is a whole number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ArgumentError(f"{name} must be a whole number above 0, got {value!r}.")
+    return value
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
@@ -67,6 +106,11 @@ def rows_of(name: str, value: Tensor, rows: int) -> Tensor:
 
 def memory(name: str, value: Memory) -> Memory:
     """`value` if it has a Memory's methods."""
+    if isinstance(value, type):  # a class has them too
+        raise ArgumentError(
+            f"{name}={value.__name__} is a class, so it is no Memory: give one, "
+            f"{value.__name__}(...)."
+        )
     if not isinstance(value, Memory):
         raise ArgumentError(
             f"{name}={value!r} is no Memory: it needs __len__, commit(items) and select(cond)."
@@ -114,6 +158,12 @@ def shape(name: str, value: Tensor, expected: tuple[int, ...]) -> Tensor:
     return value
 
 
+def _shown(value: object) -> str:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        return f"a tensor of shape {tuple(value.shape)}"
+    return repr(value)
+
+
 @contextmanager
 def host(name: str, use: str, extra: str) -> Iterator[None]:
     """Around the import of an optional package: a failure names what to install.
@@ -127,5 +177,6 @@ def host(name: str, use: str, extra: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise MissingHost(
-            f'{name} {use} and cannot be imported ({error}): pip install "sparke[{extra}]"'
+            f'{name} {use} and cannot be imported ({error}): pip install "sparke[{extra}]", or '
+            f'".[{extra}]" in a checkout'
         ) from error

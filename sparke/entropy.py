@@ -8,18 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparke import checks
 from sparke.errors import ArgumentError
 
-__all__ = ["check_order", "entropy"]
+__all__ = ["check_order", "entropy", "renyi"]
 
 
 def check_order(order: float) -> float:
     """`order` as a float above 0 (infinity included)."""
-    try:
-        number = float(order)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not number > 0:
+    number = checks.number(order)
+    if number is None or not number > 0:
         raise ArgumentError(f"order must be above 0 (1: Vendi, 2: RKE, inf: 1/max), got {order!r}.")
     return number
 
@@ -34,11 +32,25 @@ def entropy(k: Tensor, order: float = 1.0) -> Tensor:
     exp(H_2) is RKE. The gradient is the spectral function's own, $V\,h'(\Lambda)\,V^T$: it divides
     by no gap between eigenvalues, so repeated ones do no harm, and it stays finite at zero, where
     a kernel matrix cannot leave its null space to first order.
+
+    Eigenvalues below ``n eps`` of the matrix's dtype count as zero: rounding makes as much of
+    nothing. Orders below 1 weigh the smallest most; give them a matrix computed in float64.
     """
     if check_order(order) == 2.0:
         return -torch.log(k.square().sum((-2, -1)))
     value: Tensor = _Entropy.apply(k, float(order))
     return value
+
+
+def renyi(probabilities: Tensor, order: float) -> Tensor:
+    """(..., k) summing to 1, zeros allowed -> (...), their Rényi entropy of an order."""
+    if order == 1.0:
+        of_each: Tensor = torch.special.xlogy(probabilities, probabilities)
+        return -of_each.sum(-1)
+    if math.isinf(order):
+        return -probabilities.amax(-1).log()
+    # In logarithms, for a large order takes small probabilities to 0.
+    return (order * probabilities.log()).logsumexp(-1) / (1 - order)
 
 
 class _Entropy(torch.autograd.Function):
@@ -50,14 +62,7 @@ class _Entropy(torch.autograd.Function):
         values = values.clamp_min(floor)
         ctx.order = order
         ctx.save_for_backward(values, vectors)
-        real = torch.where(values > floor, values, 0.0)
-        if order == 1.0:
-            value: Tensor = -torch.special.xlogy(real, values).sum(-1)
-            return value
-        if math.isinf(order):
-            return -real.amax(-1).log()
-        value = real.pow(order).sum(-1).log()
-        return value / (1 - order)
+        return renyi(torch.where(values > floor, values, 0.0), order)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -56,7 +56,7 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 def gaussian(a: Tensor, b: Tensor, bandwidth: float | Tensor = 1.0) -> Tensor:
     """(n, d), (m, d) -> (n, m), exp(-|a - b|^2 / (2 bandwidth^2)).
 
-    `bandwidth` may be a tensor that broadcasts to (n, m).
+    `bandwidth` may be a tensor that broadcasts to (n, m); one is taken at its word.
     """
     if not isinstance(bandwidth, Tensor):
         checks.positive("bandwidth", bandwidth)

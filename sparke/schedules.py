@@ -30,7 +30,7 @@ def _window(lo: float, hi: float) -> None:
 
 @dataclass(frozen=True)
 class RemainingNoise:
-    r"""$\sigma_{next} (\sigma_{next} / \sigma)^{p}$ inside (lo, hi], 0 outside.
+    r"""$\sigma_\text{next} (\sigma_\text{next} / \sigma)^{p}$ inside (lo, hi], 0 outside.
 
     A push the size of the noise that will still be there to absorb it. With many steps this is
     about `sigma`; with few steps it is much less, which is what lets one strength serve both: a
@@ -58,13 +58,13 @@ class RemainingNoise:
 
 @dataclass(frozen=True)
 class FewSteps:
-    r"""$w\, \sigma_{next} (1 - \sigma_{next} / \sigma)$ inside [lo, hi], 0 outside.
+    r"""$w\, \sigma_\text{next} (1 - \sigma_\text{next} / \sigma)$ inside [lo, hi], 0 outside.
 
     For distilled and flow models of 4 to 8 steps, which decide the picture in the first two. A
-    displacement d of the denoised estimate moves the sample by $d (1 - \sigma_{next}/\sigma)$ in
-    an Euler step; the fewer the steps, the less of the way is left in which small pushes could add
-    up, so that here they grow with the part of the noise that a step removes. In many steps it is
-    weaker than [RemainingNoise][sparke.schedules.RemainingNoise].
+    displacement d of the denoised estimate moves the sample by $d (1 - \sigma_\text{next}/\sigma)$
+    in an Euler step; the fewer the steps, the less of the way is left in which small pushes could
+    add up, so that here they grow with the part of the noise that a step removes. In many steps it
+    is weaker than [RemainingNoise][sparke.schedules.RemainingNoise].
 
     Attributes:
         lo: lowest sigma pushed at, in the host's units.

@@ -264,7 +264,7 @@ def test_attributes_are_the_pipeline_s_own() -> None:
         ({"sigma_image": 0}, "sigma_image must be finite and above 0"),
         ({"sigma_text": (0.8, 0.3)}, "sigma_text must be a number"),
         ({"max_bank_size": 0}, "max_bank_size must be a whole number"),
-        ({"beta": 2.0, "F_M_real": [1]}, "needs reference memories, which sparke does not have"),
+        ({"beta": 2.0, "F_M_real": [1]}, "the guider 'cvsg'"),
         ({"regularize": True}, "regularize=True adds a penalty"),
         ({"F_M": [1]}, r"F_M= would go nowhere.*pipe\.memory"),
         ({"return_kernels": True}, r"n x n.*pipe\.memory\.features"),

@@ -93,7 +93,7 @@ class Call:
         """The same call for the rows of the prompt only."""
         if len(self.branches) < 2:
             return self
-        rows, total = self.prompted(batch), 2 * batch
+        rows, total = self.prompted(batch)[0], len(self.branches) * batch
 
         def part(name: str, value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -109,10 +109,10 @@ class Call:
 
         return self._with(part, "cond")
 
-    def prompted(self, batch: int) -> slice:
-        """Which rows are for the prompt."""
-        after = self.kind == "uncond+cond"
-        return slice(batch, 2 * batch) if after else slice(0, batch)
+    def prompted(self, batch: int) -> list[slice]:
+        """Which rows are for the prompt: one slice, or two where one is of a perturbed look."""
+        places = (at for at, name in enumerate(self.branches) if name == "cond")
+        return [slice(at * batch, (at + 1) * batch) for at in places]
 
     def named(self) -> dict[str, Any]:
         """All arguments by name, as far as names are known."""
@@ -154,7 +154,8 @@ class Texts:
         """
         if "cond" not in call.branches:
             return call
-        rows, total = call.prompted(self._batch), len(call.branches) * self._batch
+        everywhere, total = call.prompted(self._batch), len(call.branches) * self._batch
+        rows = everywhere[0]  # others have the same embeddings
         everything = call.named()
 
         def part(name: str, value: Any) -> Any:
@@ -164,7 +165,7 @@ class Texts:
             if name not in EMBEDS:
                 return value
             if _is_list(value) and len(value) == total:
-                return self._listed(name, value, rows, change)
+                return self._listed(name, value, everywhere, change)
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 return value
             if value.ndim not in (2, 3) or len(value) != total:
@@ -172,19 +173,24 @@ class Texts:
             self.seen.add(name)
             own = value[rows] if total > self._batch else value
             other = change(name, own, self._mask(name, own, everything, rows, total))
-            return value if other is own else _placed(value, other, rows)
+            return value if other is own else _placed(value, other, everywhere)
 
         return call._with(part, call.kind)
 
-    def _listed(self, name: str, value: list[Tensor], rows: slice, change: Change) -> list[Tensor]:
+    def _listed(
+        self, name: str, value: list[Tensor], everywhere: list[slice], change: Change
+    ) -> list[Tensor]:
         self.seen.add(name)
-        own = value[rows]
+        own = value[everywhere[0]]
         together, mask = padded(own)
         other = change(name, together, mask)
         if other is together:
             return value
         cut = [row[: len(old)] for row, old in zip(other, own, strict=True)]
-        return [*value[: rows.start], *cut, *value[rows.stop :]]
+        changed = list(value)
+        for rows in everywhere:
+            changed[rows] = cut
+        return changed
 
     def _mask(
         self, name: str, own: Tensor, everything: Mapping[str, Any], rows: slice, total: int
@@ -215,11 +221,15 @@ def padded(rows: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     return together, at < torch.tensor(lengths, device=together.device)[:, None]
 
 
-def _placed(whole: Tensor, other: Tensor, rows: slice) -> Tensor:
-    """`whole` with other rows in one half, in a tensor of its own."""
+def _placed(whole: Tensor, other: Tensor, everywhere: list[slice]) -> Tensor:
+    """`whole` with other rows in these places, in a tensor of its own."""
     if len(other) == len(whole):
         return other
-    return torch.cat([whole[: rows.start], other, whole[rows.stop :]])
+    parts, at = [], 0
+    for rows in everywhere:
+        parts += [whole[at : rows.start], other]
+        at = rows.stop
+    return torch.cat([*parts, whole[at:]])
 
 
 def _is_list(value: Any) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 from sparke.backends import _schedulers
-from sparke.errors import UnsupportedTarget
+from sparke.errors import GuidanceWarning, UnsupportedTarget
 
 __all__ = ["guided", "scheduler_of"]
 
@@ -45,11 +46,21 @@ def guided(
         run: pipeline, arguments of the call, defaults included -> a context to call it in.
         **names: further attributes of the class.
 
+    A pipeline that is wrapped already gives a GuidanceWarning: a cell of a notebook run again.
+
     Returns:
         A pipeline that shares every attribute with `target`. Used in a ``with`` statement it guides
         the calls of `target` itself until the end of the block.
     """
     kind = type(target)
+    if hasattr(kind, "__wrapped__"):
+        warnings.warn(
+            f"this {kind.__name__} is wrapped already: both its guiders push, the new one first. "
+            "To replace its guidance, wrap pipe.__wrapped__; to have both on purpose, give them "
+            "as guider=[...].",
+            GuidanceWarning,
+            stacklevel=4,
+        )
     signature = inspect.signature(kind.__call__)
     entered: list[type] = []
 

@@ -14,7 +14,8 @@ from sparke.backends import _noise
 from sparke.backends._calls import Call
 from sparke.backends._hooked import Hooks, named, warn
 from sparke.backends._network import Network, SecondEncoding
-from sparke.protocols import Guider, Step
+from sparke.guidance._hooks import having
+from sparke.protocols import GuidanceScaleHook, Guider, Step
 
 __all__ = ["PipelineHooks"]
 
@@ -35,6 +36,7 @@ class PipelineHooks:
 
     def __init__(self, pipeline: Any, guider: Guider) -> None:
         self._pipeline, self.hooks = pipeline, Hooks(guider)
+        self._scaling = having(guider, GuidanceScaleHook)
         self.networks: list[nn.Module] = []
         self.network: Network | None = None
         self.held: ExitStack | None = None
@@ -136,6 +138,13 @@ class PipelineHooks:
                 "(class labels are none)"
             )
             self._left("the prompt embeddings", hooks.conditions, why)
+
+    def leave_scale(self) -> None:
+        """Warn, once, that the scale of classifier-free guidance is nobody's to choose."""
+        if self._scaling:
+            why = "which rows of its network's calls are for which prompt cannot be told"
+            self._left("the guidance scale", self._scaling, why)
+        self._scaling = []
 
     def _note(self) -> None:
         """Keep whether embeddings were found, as a run may begin anew after its first call."""

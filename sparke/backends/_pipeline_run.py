@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,10 +13,9 @@ from torch import Tensor
 from sparke.backends import _denoisers, _encodings, _schedulers
 from sparke.backends._calls import Call
 from sparke.backends._families import Level
-from sparke.backends._prompt_reader import Prompts
 from sparke.backends._run_start import RunStart
 from sparke.guidance._vectors import working
-from sparke.protocols import GuidanceScaleHook, Guider, State
+from sparke.protocols import GuidanceScaleHook, State
 
 __all__ = ["PipelineRun"]
 
@@ -26,22 +25,11 @@ FROM_ZERO = ("ZImage", "Kandinsky3")
 
 
 class PipelineRun(RunStart):
-    """Brings a guider to one call: begun before the first evaluation, finished after the last.
+    """Brings a guider to one call: begun before the first evaluation, finished after the last."""
 
-    Args:
-        pipeline: the pipeline called.
-        guider: displaces the denoised estimate.
-        arguments: of the call, defaults included.
-        prompts: where prompt embeddings come from.
-    """
-
-    def __init__(
-        self, pipeline: Any, guider: Guider, arguments: Mapping[str, Any], prompts: Prompts
-    ) -> None:
-        super().__init__(pipeline, guider, arguments, prompts)
-        self._answer: Any = None
-        self._at = 0
-        self._finished: Tensor | None = None
+    _answer: Any = None
+    _at = 0
+    _finished: Tensor | None = None
 
     @contextmanager
     def guiding(self) -> Iterator[None]:
@@ -78,9 +66,11 @@ class PipelineRun(RunStart):
         self, module: _denoisers.Call, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         reading = self._read()
-        if self._run is None and (self._hooks.hooks.inside or not self._sources.late):
+        if self._run is None and (self._hooks.hooks.inside or not self._learned.late):
             self._begin_at(args, kwargs)
         kind = self._predictions.kind(args, kwargs)
+        if kind == "other" and self._guides_itself(args, kwargs):
+            self._hooks.leave_scale()
         at = reading.upcoming(self._scheduler, lambda: _denoisers.time_of(args, kwargs))
         share = self._share(kind, reading, at)
         if kind == "uncond" and share == 1 and self._answer is not None:
@@ -89,6 +79,12 @@ class PipelineRun(RunStart):
         if kind == "cond":
             self._answer = out
         return self._predictions.answered(kind, out, share)
+
+    def _guides_itself(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call has rows of several branches, to be combined by the pipeline."""
+        rows = _denoisers.first_input(args, kwargs)
+        several = rows is not None and len(rows) >= 2 * self._predictions.batch > 0
+        return several and bool(getattr(self._pipeline, "do_classifier_free_guidance", False))
 
     def _share(self, kind: str, reading: _schedulers.Reading, at: int) -> float:
         """How far the unconditional prediction moves to the conditional one."""

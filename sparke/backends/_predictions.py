@@ -4,6 +4,11 @@ Classifier-free guidance is done by pipelines themselves, after the denoiser has
 call with the rows of both prompts, or from two. Where both answers pass through here, the scale is
 changed by changing the unconditional one: with u + a (c - u) in its place the pipeline, at its own
 scale w, arrives at scale a + w (1 - a), so a = 1 gives the conditional prediction, bit for bit.
+
+A third branch may stand beside them. InstructPix2Pix, [prompt; null with picture; null], has two
+null prompts and a scale for each: both are moved, so that both scales come to a + w (1 - a).
+Perturbed attention guidance, [null; prompt; prompt perturbed], or without the null prompt where
+classifier-free guidance is off, goes on around whatever the first two make.
 """
 
 from __future__ import annotations
@@ -30,24 +35,28 @@ class Predictions:
     Args:
         batch: number of samples.
         known: the conditional prompts as the pipeline encoded them, or None.
+        perturbed: whether the last branch of a call is the prompt's with perturbed attention.
     """
 
-    def __init__(self, batch: int, known: Rows | None) -> None:
-        self.batch, self.known = batch, known
+    def __init__(self, batch: int, known: Rows | None, *, perturbed: bool = False) -> None:
+        self.batch, self.known, self.perturbed = batch, known, perturbed
         self.conditional: Any = None
         self.unconditional: Any = None
+        self._further: Any = None
         self._calls = 0
         self._kinds: dict[tuple[int, int], str] = {}
 
     def next_step(self) -> None:
         """Forget the answers; a new step begins."""
-        self.conditional = self.unconditional = None
+        self.conditional = self.unconditional = self._further = None
         self._calls = 0
 
     def kind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """``cond``, ``uncond``, ``uncond+cond``, ``cond+uncond`` or ``other``.
 
-        Prompts are compared once for each place a call has in a step; that costs a device a wait.
+        With a third branch, ``cond+uncond+uncond`` or ``uncond+cond+cond``; ``cond+cond`` where
+        only perturbed attention makes a second. Prompts are compared once for each place a call has
+        in a step; that costs a device a wait.
         """
         rows = first_input(args, kwargs)
         key = (self._calls, 0 if rows is None else len(rows))
@@ -72,13 +81,18 @@ class Predictions:
             self.unconditional = head
             if share:
                 return replaced(out, _mixed(head, self.conditional, share))
-        elif kind in ("uncond+cond", "cond+uncond"):
-            halves = _halves(head)
-            self.unconditional, self.conditional = halves if kind == "uncond+cond" else halves[::-1]
-            if share:
-                moved = _mixed(self.unconditional, self.conditional, share)
-                parts = (moved, self.conditional)
-                return replaced(out, _joined(*(parts if kind == "uncond+cond" else parts[::-1])))
+        elif "+" in kind:
+            names = kind.split("+")
+            parts = _parts(head, len(names))
+            first = names.index("cond")
+            self.conditional, *rest = parts[first], *parts[:first], *parts[first + 1 :]
+            self.unconditional, self._further = rest[0], rest[1] if len(rest) > 1 else None
+            if share and "uncond" in names:
+                moved = [
+                    _mixed(part, self.conditional, share) if name == "uncond" else part
+                    for name, part in zip(names, parts, strict=True)
+                ]
+                return replaced(out, _joined(moved))
         return out
 
     def as_output(self, output: Tensor) -> Tensor | None:
@@ -86,7 +100,8 @@ class Predictions:
 
         Pipelines turn the answers about before the scheduler sees them (signs, variances cut off);
         what they did is known when the output is s c + t (c - u) for numbers s and t of each
-        sample, or of each token: s is then 1 or -1, times what it was rescaled by.
+        sample, or of each token: s is then 1 or -1, times what it was rescaled by. A third branch v
+        adds a multiple of c - v.
 
         Args:
             output: what the scheduler was given, in float32 or better.
@@ -103,16 +118,18 @@ class Predictions:
         Returns:
             1 or -1; None if `output` is not made so.
         """
-        c, u = (in_form(p, output) for p in (self.conditional, self.unconditional))
-        if c is None or (u is None and self.unconditional is not None):
+        told = [p for p in (self.unconditional, self._further) if p is not None]
+        c, *others = (in_form(p, output) for p in (self.conditional, *told))
+        away = [u for u in others if u is not None]
+        if c is None or len(away) < len(told):
             return None
-        if u is None:
+        if not away:
             off = {sign: float((output - sign * c).norm()) for sign in (1.0, -1.0)}
             near = [s for s, distance in off.items() if distance <= CERTAIN * float(output.norm())]
             return near[0] if len(near) == 1 else None
-        sign = _sign(c, u, output, 1)
+        sign = _sign(c, away, output, 1)
         if sign is None and output.ndim == 3:  # rescaled token by token
-            sign = _sign(c, u, output, 2)
+            sign = _sign(c, away, output, 2)
         return sign
 
     def _told_apart(self, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -126,16 +143,26 @@ class Predictions:
             if first:
                 return "cond"
             return "uncond" if comparable and self.conditional is not None else "other"
-        if rows == 2 * self.batch:
-            for rows_of in given:
-                if len(rows_of) != rows:
-                    continue
-                low, high = rows_of[: self.batch], rows_of[self.batch :]
-                if same(high, self.known):
-                    return "uncond+cond"
-                if same(low, self.known):
-                    return "cond+uncond"
+        for rows_of in given:
+            if rows in (2 * self.batch, 3 * self.batch) and len(rows_of) == rows:
+                parts = _parts(rows_of, rows // self.batch)
+                kind = self._side_by_side([same(part, self.known) for part in parts])
+                if kind is not None:
+                    return kind
         return "other"
+
+    def _side_by_side(self, prompted: list[bool]) -> str | None:
+        """The kind of a call by which of its branches have the prompt's embeddings.
+
+        A null prompt may have them too, of prompts that say nothing, so the place of a branch tells
+        what its prompt cannot.
+        """
+        if self.perturbed:
+            kind = "uncond+cond+cond" if len(prompted) == 3 else "cond+cond"
+            return kind if all(prompted[-2:]) else None
+        if len(prompted) == 2:
+            return "uncond+cond" if prompted[1] else "cond+uncond" if prompted[0] else None
+        return "cond+uncond+uncond" if prompted == [True, False, False] else None
 
 
 def _prompts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -162,9 +189,9 @@ def same(given: Any, known: Any) -> bool:
     return all(same(g, k) for g, k in zip(given, known, strict=True))
 
 
-def _halves(head: Any) -> tuple[Any, Any]:
-    middle = len(head) // 2
-    return head[:middle], head[middle:]
+def _parts(head: Any, count: int) -> list[Any]:
+    size = len(head) // count
+    return [head[at * size : (at + 1) * size] for at in range(count)]
 
 
 def _mixed(away: Any, toward: Any, share: float) -> Any:
@@ -173,8 +200,10 @@ def _mixed(away: Any, toward: Any, share: float) -> Any:
     return toward if share == 1 else away + share * (toward - away)
 
 
-def _joined(first: Any, second: Any) -> Any:
-    return torch.cat([first, second]) if isinstance(first, Tensor) else [*first, *second]
+def _joined(parts: list[Any]) -> Any:
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return [row for part in parts for row in part]
 
 
 def in_form(prediction: Any, like: Tensor) -> Tensor | None:
@@ -191,17 +220,17 @@ def in_form(prediction: Any, like: Tensor) -> Tensor | None:
     return found
 
 
-def _sign(c: Tensor, u: Tensor, output: Tensor, dims: int) -> float | None:
-    """The sign of c in an output that is combined of c and u, None if it is not.
+def _sign(c: Tensor, others: list[Tensor], output: Tensor, dims: int) -> float | None:
+    """The sign of c in an output that is combined of c and the others, None if it is not.
 
     Args:
         c: conditional answer.
-        u: unconditional answer.
+        others: unconditional answer, and that of a third branch.
         output: to be combined of them.
         dims: leading dimensions that have factors of their own.
     """
-    answer, difference, wanted = (t.double().flatten(dims) for t in (c, c - u, output))
-    rows = torch.stack([answer, difference], -2)
+    answers, wanted = [c, *(c - u for u in others)], output.double().flatten(dims)
+    rows = torch.stack([answer.double().flatten(dims) for answer in answers], -2)
     gram = rows @ rows.mT
     ridge = 1e-9 * gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).clamp_min(1e-30)
     gram = gram + torch.diag_embed(ridge.expand(*gram.shape[:-1]))

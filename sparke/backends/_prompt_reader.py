@@ -29,15 +29,12 @@ class Prompts:
         encoder: list of strings -> (n, c), in place of the pipeline's own.
         origins: origin of the embeddings, by the encoder they come from and how it was called.
         asked: those encoders, kept so that none comes in the place of another.
-        late: the samples of the scheduler's steps have another shape than the latents prepared, as
-            an earlier call has shown; only the first step can tell it.
     """
 
     embeds: PromptSource | None = None
     encoder: Callable[[list[str]], Any] | None = None
     origins: dict[Hashable, Tensor | None] = field(default_factory=dict)
     asked: list[Any] = field(default_factory=list)
-    late: bool = False
 
     @property
     def own(self) -> bool:

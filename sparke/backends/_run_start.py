@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,19 @@ from sparke.backends._prompt_reader import PromptReader, Prompts
 from sparke.errors import GuidanceWarning
 from sparke.protocols import Guider, Run
 
-__all__ = ["RunStart"]
+__all__ = ["Learned", "RunStart"]
+
+
+@dataclass
+class Learned:
+    """What the calls of one wrapped pipeline have shown so far.
+
+    Attributes:
+        late: the samples of the scheduler's steps have another shape than the latents prepared, so
+            that only the first step can tell it.
+    """
+
+    late: bool = False
 
 
 class RunStart:
@@ -29,12 +42,19 @@ class RunStart:
         guider: displaces the denoised estimate.
         arguments: of the call, defaults included.
         prompts: where prompt embeddings come from.
+        learned: from earlier calls, and for later ones; None forgets it with this one.
     """
 
     def __init__(
-        self, pipeline: Any, guider: Guider, arguments: Mapping[str, Any], prompts: Prompts
+        self,
+        pipeline: Any,
+        guider: Guider,
+        arguments: Mapping[str, Any],
+        prompts: Prompts,
+        learned: Learned | None = None,
     ) -> None:
         self._pipeline, self._guider, self._sources = pipeline, guider, prompts
+        self._learned = Learned() if learned is None else learned
         self._prompts = PromptReader(pipeline, prompts, arguments)
         self._scheduler = scheduler_of(pipeline)
         self._reading: _schedulers.Reading | None = None
@@ -90,7 +110,7 @@ class RunStart:
                 len(sample),
             ):
                 return shape[0]
-            self._sources.late = True
+            self._learned.late = True
         labels = self._labels()
         doubled = labels is not None and len(sample) == 2 * labels
         self._begin(len(sample) // 2 if doubled else len(sample), sample)
@@ -138,7 +158,8 @@ class RunStart:
         self._run = run
         self._hooks.begun(batch)
         known = self._prompts.as_given(batch, latents.device)
-        self._predictions = Predictions(batch, known)
+        perturbed = getattr(self._pipeline, "do_perturbed_attention_guidance", False)
+        self._predictions = Predictions(batch, known, perturbed=bool(perturbed))
 
     def _warn(self, why: str) -> None:
         if not self._warned:

@@ -17,6 +17,7 @@ from typing import Any
 from sparke.backends._guided import guided, scheduler_of
 from sparke.backends._pipeline_run import PipelineRun
 from sparke.backends._prompt_reader import Prompts, PromptSource
+from sparke.backends._run_start import Learned
 from sparke.protocols import Guider
 
 __all__ = ["accepts", "attach"]
@@ -54,10 +55,10 @@ def attach(
         UnsupportedTarget: the pipeline has no scheduler, or one that cannot be guided.
     """
     scheduler_of(target)
-    prompts = Prompts(prompt_embeds, prompt_encoder)
+    prompts, learned = Prompts(prompt_embeds, prompt_encoder), Learned()
 
     def run(pipeline: Any, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
-        return PipelineRun(pipeline, guider, arguments, prompts).guiding()
+        return PipelineRun(pipeline, guider, arguments, prompts, learned).guiding()
 
     names = {"memory": getattr(guider, "memory", None)}
     if "guider" not in vars(target):

@@ -66,7 +66,10 @@ def attach(
     """
     signature = inspect.signature(target)
     if "prompt_embeds" in signature.parameters:
-        raise ArgumentError("the sampler has a parameter prompt_embeds already; is it wrapped?")
+        raise ArgumentError(
+            "the sampler has a parameter prompt_embeds already; is it wrapped? Wrap the bare "
+            "one, sampler.__wrapped__."
+        )
 
     @functools.wraps(target)
     def sampler(*args: Any, **kwargs: Any) -> Tensor:

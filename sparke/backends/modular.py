@@ -20,6 +20,7 @@ from sparke.backends._guided import guided, scheduler_of
 from sparke.backends._hooked import Hooks
 from sparke.backends._modular_run import ModularRun, text_encoder
 from sparke.backends._prompt_reader import Prompts, PromptSource
+from sparke.backends._run_start import Learned
 from sparke.errors import ArgumentError, UnsupportedTarget
 from sparke.protocols import Guider
 
@@ -65,10 +66,10 @@ def attach(
         UnsupportedTarget: the pipeline has no scheduler, or one that cannot be guided.
     """
     scheduler_of(target)
-    prompts = Prompts(prompt_embeds, prompt_encoder)
+    prompts, learned = Prompts(prompt_embeds, prompt_encoder), Learned()
 
     def run(pipeline: Any, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
-        return ModularRun(pipeline, guider, arguments, prompts).guiding()
+        return ModularRun(pipeline, guider, arguments, prompts, learned).guiding()
 
     return guided(target, run, memory=getattr(guider, "memory", None))
 
@@ -104,6 +105,8 @@ def insert(target: T, guider: Guider, *, prompt_embeds: PromptSource | None = No
 
     Example:
         ```python
+        import sparke.backends.modular
+
         blocks = sparke.backends.modular.insert(StableDiffusionXLAutoBlocks(), guider)
         pipe = blocks.init_pipeline("stabilityai/stable-diffusion-xl-base-1.0")
         ```

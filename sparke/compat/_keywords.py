@@ -149,8 +149,8 @@ def _refuse(given: Mapping[str, Any]) -> None:
     """Raise for keywords whose meaning sparke cannot give."""
     if given.get("beta") and ("F_M_real" in given or "F_T_real" in given):
         raise ArgumentError(
-            "beta= with F_M_real= is the contextual term of c-VSG (arXiv 2406.04551), which needs "
-            "reference memories, which sparke does not have yet. Set beta=0 or leave F_M_real out."
+            "beta= with F_M_real= is the contextual term of c-VSG (arXiv 2406.04551), the "
+            "guider 'cvsg' of sparke.wrap. Set beta=0 or leave F_M_real out."
         )
     if given.get("regularize"):
         raise ArgumentError(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparke import ops
 from sparke.errors import ArgumentError, MissingPrompts, ShapeError
+from sparke.guidance._samples import from_origin
 from sparke.protocols import (
     Calibrated,
     Memory,
@@ -136,11 +137,10 @@ def _mates(score: Score, run: Run) -> Tensor:
 
 def _weigh(score: PromptWeighted, run: Run) -> Weigh:
     """The score's prompt kernel, seen from the origin of this run's prompts."""
-    origin = run.cond_origin
-    if origin is None:
+    if run.cond_origin is None:
         return score.log_weight
 
     def centred(queries: Tensor, rows: Tensor) -> Tensor:
-        return score.log_weight(queries - origin.to(queries), rows - origin.to(rows))
+        return score.log_weight(from_origin(run, queries), from_origin(run, rows))
 
     return centred

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparke.errors import ArgumentError
 from sparke.guidance import _hooks
+from sparke.guidance._samples import Heard, heard_once
 from sparke.guidance._shared import SharedMemory, stores
 from sparke.protocols import (
     ConditionHook,
@@ -48,6 +49,9 @@ class GuiderChain:
     are entered in order and left in the reverse one, all of them, whatever fails. A chain offers a
     hook only if one of its guiders does. A chain within a chain counts as the guiders in it.
 
+    A sample whose guidance is not finite, or that is not finite in the end, is warned of once in a
+    run, by the first guider that finds it.
+
     What a guider decides alone ([Exclusive][sparke.protocols.Exclusive]), no other in the chain may
     claim; those that yield it ([Yielding][sparke.protocols.Yielding]) are not asked.
 
@@ -76,6 +80,7 @@ class GuiderChain:
         self.guiders = tuple(inner for guider in guiders for inner in _hooks.members(guider))
         _check(self.guiders)
         self._offer()
+        self._heard = Heard()
 
     def __repr__(self) -> str:
         lines = []
@@ -101,16 +106,18 @@ class GuiderChain:
             ArgumentError: guiders were changed meanwhile and now claim the same.
         """
         _check(self.guiders)
+        self._heard = Heard()
         for guider in self.guiders:
             guider.begin(run)
 
     def __call__(self, state: State) -> Tensor:
         """The sum of the displacements."""
         start = state.denoised
-        total = self.guiders[0](state).to(start)
-        for guider in self.guiders[1:]:
-            moved = replace(state, denoised=start + total)
-            total = total + guider(moved).to(start)
+        with heard_once(self._heard):
+            total = self.guiders[0](state).to(start)
+            for guider in self.guiders[1:]:
+                moved = replace(state, denoised=start + total)
+                total = total + guider(moved).to(start)
         return total
 
     def finish(self, x: Tensor) -> None:
@@ -122,7 +129,7 @@ class GuiderChain:
             for memory in {id(m): m for guider in self.guiders for m in stores(guider)}.values():
                 if isinstance(memory, SharedMemory):
                     once.enter_context(memory.one_run())
-            with ExitStack() as finishing:
+            with heard_once(self._heard), ExitStack() as finishing:
                 for guider in reversed(self.guiders):
                     finishing.callback(guider.finish, x)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparke.errors import ArgumentError, MissingPrompts, ShapeError, UnknownName
+from sparke.guidance._samples import from_origin
 from sparke.kernels import normalize
 from sparke.memory.reference import ReferenceMemory, rows_given
 from sparke.protocols import Features, Run
@@ -100,7 +101,6 @@ class Contexts:
 
     def _nearest(self, run: Run) -> list[str]:
         query = _prompts(run)
-        origin = torch.zeros_like(query[0]) if run.cond_origin is None else run.cond_origin
         closest = []
         for name, anchor in self._anchors.items():
             if anchor.shape[1] != query.shape[1]:
@@ -108,8 +108,8 @@ class Contexts:
                     f"the prompts of context {name!r} have width {anchor.shape[1]} and the run's "
                     f"{query.shape[1]}; both must come from the same text encoder."
                 )
-            seen = normalize(anchor.to(query) - origin.to(query))
-            closest.append((normalize(query - origin.to(query)) @ seen.mT).amax(1))
+            seen = normalize(from_origin(run, anchor.to(query)))
+            closest.append((normalize(from_origin(run, query)) @ seen.mT).amax(1))
         names = list(self._anchors)
         return [names[i] for i in torch.stack(closest).argmax(0).tolist()]
 

@@ -9,7 +9,7 @@ from sparke.errors import ArgumentError
 from sparke.protocols import Score, Step
 from sparke.scores import score as score_of
 
-__all__ = ["acts", "cosine", "first_steps", "whole"]
+__all__ = ["acts", "cosine", "first_steps"]
 
 
 def cosine(score: str | Score, options: dict[str, Any]) -> Score:
@@ -42,10 +42,3 @@ def acts(steps: int | float, step: Step) -> bool:
             "are. Give a whole number, such as steps=1."
         )
     return step.index < max(1, math.floor(steps * step.total + 0.5))
-
-
-def whole(name: str, value: int) -> int:
-    """`value` if it is a whole number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArgumentError(f"{name} must be a whole number above 0, got {value!r}.")
-    return value

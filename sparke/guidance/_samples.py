@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,6 +18,32 @@ from sparke.protocols import Features, Memory, Requires, Run, Score, State, Step
 
 COND_BANDWIDTH = 0.35
 """Of the prompt kernel that tells prompts apart (arXiv 2506.10173)."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """Numbers of the samples of one run that were warned of, whichever guider of a chain did.
+
+    Attributes:
+        unguided: because their guidance was not finite.
+        unkept: because they were not finite themselves in the end.
+    """
+
+    unguided: set[int] = field(default_factory=set)
+    unkept: set[int] = field(default_factory=set)
+
+
+_HEARD: ContextVar[Heard | None] = ContextVar("_HEARD", default=None)
+
+
+@contextmanager
+def heard_once(heard: Heard) -> Iterator[None]:
+    """Have the guiders asked in here warn of each sample once between them."""
+    token = _HEARD.set(heard)
+    try:
+        yield
+    finally:
+        _HEARD.reset(token)
 
 
 def rows_of(x: Tensor, features: Callable[[Tensor], Tensor] | None) -> Tensor:
@@ -40,6 +68,31 @@ def read(
         return _vectors.through(x, None, lambda z: rows_of(z, features))
     base = _vectors.working(x.detach())
     return base.flatten(1), lambda gradient: gradient.view_as(base)
+
+
+def query(
+    state: State, features: Callable[[Tensor], Tensor] | None, reads: str, *, jacobian: bool
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """(b, d) rows a score compares, and the way back from their gradient to latents.
+
+    Args:
+        state: of the evaluation.
+        features: latents -> rows, or None.
+        reads: ``"denoised"``, ``"noisy"``, or ``"conditional"`` where the host shows that.
+        jacobian: read the denoiser evaluated once more instead, back to the noisy latents.
+    """
+    if jacobian:
+        return evaluated(state, features)
+    base = state.x if reads == "noisy" else state.denoised
+    if reads == "conditional" and state.conditional is not None:
+        base = state.conditional()
+    return read(base, features)
+
+
+def finished(x: Tensor, features: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """(b, d) rows of finished samples, to be kept."""
+    with torch.no_grad():
+        return rows_of(_vectors.working(x.detach()), features)
 
 
 def evaluated(
@@ -78,6 +131,12 @@ def several(name: str, run: Run) -> None:
         )
 
 
+def from_origin(run: Run, prompts: Tensor) -> Tensor:
+    """(n, c) prompts as they are compared in this run: seen from its origin of prompts."""
+    origin = run.cond_origin
+    return prompts if origin is None else prompts - origin.to(prompts)
+
+
 @dataclass(frozen=True)
 class SamePrompt:
     """A score that sees the rows of a query's own prompt in full, and no others.
@@ -111,7 +170,7 @@ def alike(run: Run, *, prompt_aware: bool = True) -> Tensor:
     b = run.shape[0]
     mates = torch.ones(b, b, dtype=torch.bool, device=run.device)
     if prompt_aware and run.cond is not None:
-        cond = run.cond if run.cond_origin is None else run.cond - run.cond_origin.to(run.cond)
+        cond = from_origin(run, run.cond)
         weight = prompt_log_weight(cond, cond, COND_BANDWIDTH)
         near = (weight > RELEVANT).to(run.device, torch.float32)
         for _ in range(b.bit_length()):
@@ -138,7 +197,7 @@ def checked(delta: Tensor, step: Step, nonfinite: str, told: set[int]) -> Tensor
         step: to name it.
         nonfinite: ``"warn"`` or ``"raise"``.
         told: numbers of samples that were warned of in this run, and are not again; those warned of
-            now join them.
+            now join them. A chain has one such set for all its guiders.
 
     Raises:
         NonFiniteGuidance: there are such samples and `nonfinite` is ``"raise"``.
@@ -153,17 +212,16 @@ def checked(delta: Tensor, step: Step, nonfinite: str, told: set[int]) -> Tensor
     )
     if nonfinite == "raise":
         raise NonFiniteGuidance(f"{message}; nonfinite='warn' would go on unguided.")
-    broken = set((~good).nonzero().flatten().tolist())
-    if not broken <= told:
+    if _news(good, told if (heard := _HEARD.get()) is None else heard.unguided):
         warnings.warn(f"{message}; they go on unguided.", GuidanceWarning, stacklevel=3)
-    told |= broken
     return torch.where(_vectors.rowwise(good, delta), delta, 0.0)
 
 
 def keep(memory: Memory, rows: Tensor, cond: Tensor | None) -> None:
     """Commit finished samples; rows that are not finite are left out, and said to be."""
     good = torch.isfinite(rows).all(1)
-    if not bool(good.all()):
+    heard = _HEARD.get()
+    if not bool(good.all()) and _news(good, set() if heard is None else heard.unkept):
         warnings.warn(
             f"{int((~good).sum())} of {len(rows)} finished samples are not finite; they are "
             "not kept in memory.",
@@ -171,3 +229,11 @@ def keep(memory: Memory, rows: Tensor, cond: Tensor | None) -> None:
             stacklevel=3,
         )
     memory.commit(Features(rows[good], None if cond is None else cond[good]))
+
+
+def _news(good: Tensor, told: set[int]) -> bool:
+    """Whether a broken sample is not among those told, which all of them now join."""
+    broken = set((~good).nonzero().flatten().tolist())
+    new = not broken <= told
+    told |= broken
+    return new

@@ -58,6 +58,11 @@ def through(
     return out.detach(), pull
 
 
+def length(state: State, strength: float, displaces: str) -> Tensor | float:
+    """Of a displacement of `denoised`: `strength`, or a share of x's norm as latents move by it."""
+    return strength if displaces == "denoised" else strength * next_latents(state)
+
+
 def next_latents(state: State) -> Tensor:
     """(b, 1, ...) lengths of displacements of `denoised` that move Euler's next x by its length."""
     step = state.step

@@ -103,8 +103,8 @@ class Contextual:
         self.memory = None if memory is None else checks.memory("memory", memory)
         self.eta = checks.positive("eta", eta, zero=True)
         self.steps = _contextual_options.first_steps(steps)
-        self.iterations = _contextual_options.whole("iterations", iterations)
-        self.memory_tokens = _contextual_options.whole("memory_tokens", memory_tokens)
+        self.iterations = checks.whole("iterations", iterations)
+        self.memory_tokens = checks.whole("memory_tokens", memory_tokens)
         self.normalize, self.blocks = normalize, blocks
         self._run: Run | None = None
         self._mates: Tensor | None = None

@@ -166,13 +166,13 @@ class CVSG:
         banks, strength = self._banks, self.scale * self._strength(state.step)
         if banks is None or strength == 0 or not (banks or (self.beta and self._exemplars)):
             return torch.zeros_like(state.denoised)
-        rows, pull = self._query(state)
+        rows, pull = _samples.query(state, self.features, self.reads, jacobian=self.jacobian)
         # A broken sample would stop the eigenvalues of all.
         whole = torch.isfinite(rows).all(1)
         safe = torch.where(whole[:, None], rows, 0.0)
         gradient = self._gradient(Features(safe, banks.cond), banks.sources(rows))
         pulled = pull(torch.where(whole[:, None], gradient, torch.nan))
-        delta = self._length(state, strength) * _vectors.unit(pulled)
+        delta = _vectors.length(state, strength, self.displaces) * _vectors.unit(pulled)
         if self.displaces == "denoised":
             delta = _vectors.kept_residual(state.x, state.denoised, delta)
         checked = _samples.checked(delta, state.step, self.nonfinite, self._told)
@@ -183,9 +183,8 @@ class CVSG:
 
         A guider of scale 0 keeps memory too: what was generated unguided is history as well.
         """
-        with torch.no_grad():
-            rows = _samples.rows_of(_vectors.working(x.detach()), self.features)
-        _samples.keep(self.memory, rows, None if self._banks is None else self._banks.kept_cond)
+        cond = None if self._banks is None else self._banks.kept_cond
+        _samples.keep(self.memory, _samples.finished(x, self.features), cond)
         self._banks, self._exemplars = None, []
 
     def _gradient(self, query: Features, made: Sources) -> Tensor:
@@ -199,20 +198,6 @@ class CVSG:
                 inside = _vectors.ascent(score, Features(query.x[rows], cond), bank)
                 total = total.index_add(0, rows, inside, alpha=-self.beta)
         return total
-
-    def _query(self, state: State) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """(b, d) rows the score compares, and the way back from their gradient to latents."""
-        if self.jacobian:
-            return _samples.evaluated(state, self.features)
-        base = state.denoised
-        if self.reads == "conditional" and state.conditional is not None:
-            base = state.conditional()
-        return _samples.read(base, self.features)
-
-    def _length(self, state: State, strength: float) -> Tensor | float:
-        if self.displaces == "denoised":
-            return strength
-        return strength * _vectors.next_latents(state)
 
 
 build = CVSG

@@ -13,7 +13,7 @@ from sparke.errors import (
     ArgumentError,
     UnknownName,
 )
-from sparke.guidance import _banks, _samples, _score_options, _vectors
+from sparke.guidance import _banks, _cfg_interval, _samples, _score_options, _vectors
 from sparke.kernels import normalize
 from sparke.memory import RingMemory
 from sparke.protocols import (
@@ -38,10 +38,6 @@ FEW_STEPS_LOWEST = 2.0
 """The same under the schedule "few-step", which is stronger and must end sooner."""
 FRESH_NOISE = 2.0
 """Fresh noise washes earlier pushes out: at eta 1 they are stronger by 1 plus this."""
-HANDOVER = 1.6
-"""The host's classifier-free guidance acts below this sigma, in the same units."""
-HANDOVER_UNTOLD = 5.42
-"""The same where nobody tells `sigma_data`: published for SDXL (arXiv 2404.07724)."""
 
 
 class DiversityGuider:
@@ -49,11 +45,11 @@ class DiversityGuider:
 
     At each evaluation of the denoiser, with D the denoised estimate,
 
-    $$D' = D + \text{scale} \cdot \frac{\sigma_{next}^2}{\sigma} \cdot
-      \operatorname{clip}_1 \sum_{bank} a\, \frac{\nabla s(D)}{\|\nabla s(D)\|}$$
+    $$D' = D + \text{scale} \cdot \frac{\sigma_\text{next}^2}{\sigma} \cdot
+      \operatorname{clip}_1 \sum_\text{bank} a\, \frac{\nabla s(D)}{\|\nabla s(D)\|}$$
 
     over two banks, memory and batch mates: s is the score, a in [0, 1) its crowding (where nothing
-    is near, nothing is pushed), and $\sigma_{next}$ the noise that will
+    is near, nothing is pushed), and $\sigma_\text{next}$ the noise that will
     still be there to absorb the push; the more a step removes of it, the weaker the push. D' is
     then moved so that x - D' keeps the length of x - D. Samplers that add fresh noise, which washes
     early pushes out, are pushed ``1 + 2 eta`` times as hard. Below ``0.3 sigma_data`` nothing is
@@ -133,11 +129,11 @@ class DiversityGuider:
         self.gate, self.keep_residual, self.jacobian = gate, keep_residual, jacobian
         self.sigma_data = None if sigma_data is None else checks.positive("sigma_data", sigma_data)
         self.in_batch, self.features = in_batch, features
-        self.cfg_interval = _interval(cfg_interval)
+        self.cfg_interval = _cfg_interval.checked(cfg_interval)
         if jacobian and reads == "noisy":
             raise ArgumentError("jacobian=True needs reads='denoised' or 'conditional'.")
         self._banks: _banks.Banks | None = None
-        self._handover = HANDOVER_UNTOLD
+        self._sigma_data: float | None = None
         self._strength: Schedule = RemainingNoise()
         self._gain = 1.0
         self._told: set[int] = set()
@@ -191,6 +187,12 @@ class DiversityGuider:
         """The guidance scale, where `cfg_interval` is ``"auto"``."""
         return frozenset({"guidance_scale"} if self.cfg_interval == "auto" else ())
 
+    @property
+    def idle(self) -> frozenset[str]:
+        """The guidance scale, where there is no `cfg_interval` or nothing is pushed."""
+        unused = self.cfg_interval is None or self.scale == 0
+        return frozenset({"guidance_scale"} if unused else ())
+
     def begin(self, run: Run) -> None:
         """Freeze memory's rows and prompt weights for one run; check what can be checked.
 
@@ -201,8 +203,7 @@ class DiversityGuider:
         """
         self._banks, self._told = None, set()
         _banks.check(self.score, run)
-        told = self.sigma_data or run.sigma_data
-        self._handover = HANDOVER * told if told else HANDOVER_UNTOLD
+        told = self._sigma_data = self.sigma_data or run.sigma_data
         # The few-step schedule was measured with fresh noise, and is strong enough for it.
         self._gain = 1.0 if isinstance(self.schedule, str) else 1 + FRESH_NOISE * run.eta
         self._strength = self._scheduled(told or 1.0)
@@ -223,7 +224,10 @@ class DiversityGuider:
         strength = self.scale * self._strength(state.step)
         if strength == 0 or not self._banks:
             return torch.zeros_like(state.denoised)
-        delta = self._length(state, strength) * self._push(state, strength, self._banks)
+        length = _vectors.length(state, strength, self.displaces)
+        if self.displaces == "denoised":
+            length = length * self._gain
+        delta = length * self._push(state, strength, self._banks)
         if self.keep_residual:
             delta = _vectors.kept_residual(state.x, state.denoised, delta)
         checked = _samples.checked(delta, state.step, self.nonfinite, self._told)
@@ -234,20 +238,15 @@ class DiversityGuider:
 
         A guider of scale 0 keeps memory too: what was generated unguided is history as well.
         """
-        with torch.no_grad():
-            rows = _samples.rows_of(_vectors.working(x.detach()), self.features)
         cond = None if self._banks is None else self._banks.kept_cond
-        _samples.keep(self.memory, rows, cond)
+        _samples.keep(self.memory, _samples.finished(x, self.features), cond)
         self._banks = None
 
     def on_guidance_scale(self, step: Step, guidance_scale: float) -> float:
         """1 outside `cfg_interval` while there is something to repel, else the scale given."""
         if self.cfg_interval is None or self.scale == 0 or not self._banks:
             return guidance_scale
-        if isinstance(self.cfg_interval, str):
-            lo, hi = 0.0, self._handover
-        else:
-            lo, hi = self.cfg_interval
+        lo, hi = _cfg_interval.ends(self.cfg_interval, self._sigma_data)
         return guidance_scale if lo < step.sigma <= hi else 1.0
 
     def _scheduled(self, sigma_data: float) -> Schedule:
@@ -257,7 +256,7 @@ class DiversityGuider:
 
     def _push(self, state: State, strength: float, banks: _banks.Banks) -> Tensor:
         """(b, ...) sum over the banks, at most of length 1 when the direction is a unit one."""
-        rows, pull = self._query(state)
+        rows, pull = _samples.query(state, self.features, self.reads, jacobian=self.jacobian)
         query = Features(rows, banks.cond)
         total = rows.new_zeros(())
         for score, bank in banks.sources(rows):
@@ -271,19 +270,6 @@ class DiversityGuider:
             return total
         return total / _vectors.norm(total).clamp_min(1.0)
 
-    def _query(self, state: State) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """(b, d) rows the score compares, and the way back from their gradient to latents."""
-        if self.jacobian:
-            return _samples.evaluated(state, self.features)
-        return _samples.read(self._read(state), self.features)
-
-    def _read(self, state: State) -> Tensor:
-        if self.reads == "noisy":
-            return state.x
-        if self.reads == "conditional" and state.conditional is not None:
-            return state.conditional()
-        return state.denoised
-
     def _direction(self, score: Score, query: Features, bank: Selection) -> tuple[Tensor, Tensor]:
         if self.gate and isinstance(score, Fused):
             return score.direction_and_crowding(query, bank)
@@ -291,21 +277,6 @@ class DiversityGuider:
         if self.gate and isinstance(score, Crowded):
             return gradient, score.crowding(query, bank)
         return gradient, gradient.new_ones(len(gradient))
-
-    def _length(self, state: State, strength: float) -> Tensor | float:
-        if self.displaces == "denoised":
-            return strength * self._gain
-        return strength * _vectors.next_latents(state)
-
-
-def _interval(value: tuple[float, float] | str | None) -> tuple[float, float] | str | None:
-    if value is None or value == "auto":
-        return value
-    if not isinstance(value, (tuple, list)) or len(value) != 2 or not 0 <= value[0] <= value[1]:
-        raise ArgumentError(
-            f"cfg_interval must be 'auto', None or (lo, hi) with 0 <= lo <= hi, got {value!r}."
-        )
-    return (float(value[0]), float(value[1]))
 
 
 def _unit_rows(x: Tensor) -> Tensor:

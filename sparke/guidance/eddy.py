@@ -41,7 +41,7 @@ class EDDY:
       \sigma^2 \psi_i = \sigma^2 \operatorname{div} A_i + A_i (D_i - x_i).$$
 
     **exact=True.** All in closed form, with $h = \text{bandwidth} \sqrt{d (\sigma^2 +
-    \sigma_{data}^2)}$, a function of sigma alone: a width read off the samples would depend on
+    \sigma_\text{data}^2)}$, a function of sigma alone: a width read off the samples would depend on
     $x_i$. What one sample is by itself stays what it was, if four things hold: D is the posterior
     mean of the data the sampler draws from, so classifier-free guidance is off wherever this acts;
     the initial noises are independent; the steps are short enough for the drift; the denoiser is
@@ -119,9 +119,7 @@ class EDDY:
             )
         self.exact, self.divergence, self.features = exact, divergence, features
         self.bandwidth = checks.positive("bandwidth", bandwidth)
-        if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
-            raise ArgumentError(f"probes must be a whole number of at least 1, got {probes!r}.")
-        self.probes, self.eps = probes, checks.positive("eps", eps)
+        self.probes, self.eps = checks.whole("probes", probes), checks.positive("eps", eps)
         self.first = checks.positive("first", (1 if exact else FIRST) if first is None else first)
         if self.first > 1:
             raise ArgumentError(f"first must be a share of the steps, at most 1, got {first!r}.")

@@ -28,7 +28,7 @@ GUIDANCE_SCALE = 3.0
 class ERG:
     r"""Classifier-free guidance whose weak side has its attention rectified (arXiv 2504.13987).
 
-    $$D' = D_\xi(\phi_{weak}) + w\,\bigl(D(\phi) - D_\xi(\phi_{weak})\bigr)$$
+    $$D' = D_\xi(\phi_\text{weak}) + w\,\bigl(D(\phi) - D_\xi(\phi_\text{weak})\bigr)$$
 
     D is the denoised estimate for the prompt's embeddings $\phi$, and $D_\xi$ that of the same
     network with the logits of chosen attention layers multiplied by tau (I-ERG; see
@@ -193,11 +193,21 @@ class ERG:
         return guidance_scale if self.guidance_scale is None else self.guidance_scale
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
-        """Set the temperature of each row of the call about to be made."""
+        """Set the temperature of each row of the call about to be made.
+
+        Raises:
+            ArgumentError: the host's attention layers split its rows themselves.
+        """
         if not self._begun or self._looking:
             return
         step = evaluation.step
         names = evaluation.branches or self.branches
+        if self.tau != 1 and names.count("cond") > 1:
+            raise ArgumentError(
+                "this host does perturbed attention guidance, whose attention layers split the "
+                "rows of a call that ERG tells apart. Turn that off (pag_scale=0), or leave ERG "
+                "out."
+            )
         weak = 1.0 if self.weak == "prompt" else self._tau(step)
         rows = [weak if name == "uncond" else 1.0 for name in names] or [1.0]
         if self._entered:

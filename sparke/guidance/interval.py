@@ -17,7 +17,7 @@ __all__ = ["Interval"]
 class Interval:
     r"""Holds the host's guidance scale w at 1 outside an interval of noise levels.
 
-    $$D_w(x; \sigma) = D_{uncond} + w(\sigma) (D_{cond} - D_{uncond}), \qquad
+    $$D_w(x; \sigma) = D_\text{uncond} + w(\sigma) (D_\text{cond} - D_\text{uncond}), \qquad
       w(\sigma) = \begin{cases} w & lo < \sigma \le hi \\ 1 & \text{else} \end{cases}$$
 
     as in arXiv 2404.07724: guidance is harmful at high noise, where it sends all samples of a
@@ -113,10 +113,8 @@ class Interval:
 
 def _sigma(name: str, value: float) -> float:
     """`value` as a noise level, which may be infinite."""
-    if isinstance(value, str) or (isinstance(value, Tensor) and value.numel() != 1):
-        got = repr(value) if isinstance(value, str) else f"a tensor of {value.numel()}"
-        raise ArgumentError(f"{name} must be a number at least 0, got {got}.")
-    return math.inf if value == math.inf else checks.positive(name, value, zero=True)
+    endless = checks.number(value) == math.inf
+    return math.inf if endless else checks.positive(name, value, zero=True)
 
 
 build = Interval

@@ -135,6 +135,12 @@ class Novelty:
         left: frozenset[str] = self._guider.yields
         return left
 
+    @property
+    def idle(self) -> frozenset[str]:
+        """The guidance scale, where there is no `cfg_interval` or nothing is pushed."""
+        unused: frozenset[str] = self._guider.idle
+        return unused
+
     def begin(self, run: Run) -> None:
         """Freeze the reference's rows and prompt weights for one run.
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from sparke import checks, ops
-from sparke.errors import MissingPrompts
-from sparke.kernels import KERNELS, QuantileRule, cosine, normalize, squared_distances
+from sparke.errors import MissingPrompts, ShapeError
+from sparke.kernels import QuantileRule, cosine, normalize, squared_distances
 from sparke.protocols import Features, Selection, Spread
 
 Bandwidth: TypeAlias = float | Tensor | QuantileRule
+S = TypeVar("S")
 
 LOG2 = math.log(2)
 TINY = 1e-12
@@ -23,8 +25,10 @@ TINY = 1e-12
 
 
 def check_bandwidth(name: str, value: Bandwidth) -> None:
-    """Raise unless `value` is a rule, a tensor of bandwidths or a positive number."""
-    if not isinstance(value, (QuantileRule, Tensor)):
+    """Raise unless `value` is a rule, a positive number, or a tensor of one or (b, 1) of them."""
+    if isinstance(value, Tensor):
+        checks.positives(name, value)
+    elif not isinstance(value, QuantileRule):
         checks.positive(name, value)
 
 
@@ -32,7 +36,14 @@ def width_of(value: Bandwidth, query: Features, bank: Features) -> float | Tenso
     """A number, or (b, 1) numbers where the bandwidth is a rule or was read off per query."""
     if isinstance(value, QuantileRule):
         return value(query, bank)
-    return value.to(query.x) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    if value.ndim and len(value) not in (1, len(query)):
+        raise ShapeError(
+            f"a bandwidth for each of {len(value)} queries was given, and there are {len(query)}. "
+            "Give a single number, or one for each query."
+        )
+    return value.to(query.x)
 
 
 def fixed(value: Bandwidth, bank: Features) -> Bandwidth:
@@ -43,6 +54,15 @@ def fixed(value: Bandwidth, bank: Features) -> Bandwidth:
     weight = bank.log_weight if isinstance(bank, Selection) else None
     queries = 1 if weight is None else weight.shape[0]
     return value(Features(bank.x.new_zeros(queries, bank.x.shape[1])), bank)
+
+
+def calibrated(score: S, option: str, bank: Features) -> S:
+    """The same score with a rule's bandwidth, the attribute `option`, read off this bank."""
+    made = copy.copy(score)
+    # Past the checks of a new one: looking at the numbers would make a device wait, and where a
+    # rule finds none that will do, it is for the guider to say at which step, and to go on.
+    object.__setattr__(made, option, fixed(getattr(score, option), bank))
+    return made
 
 
 def need_prompts(score: str, query: Features, bank: Features) -> None:
@@ -77,10 +97,6 @@ class SquaredKernel:
     kernel: str
     bandwidth: Bandwidth
 
-    def __post_init__(self) -> None:
-        checks.choice("kernel", self.kernel, KERNELS)
-        check_bandwidth("bandwidth", self.bandwidth)
-
     def value(self, query: Features, bank: Features, log_weight: Tensor) -> Tensor:
         """(b,) scores; 0 where no row has weight. Over ranks they carry no gradient."""
         if isinstance(bank, Spread):
@@ -98,8 +114,8 @@ class SquaredKernel:
         r"""(b, d) gradient and (b,) crowding.
 
         Attention whose keys and values are the same rows: for the Gaussian kernel
-        $\frac{2}{s^2}(z - \sum_j p_j x_j)$ with $p = softmax(\log k^2 + \log w)$. The crowding
-        is $2S/(1+2S)$ with $S = \sum_j w_j k_j^2$.
+        $\frac{2}{s^2}(z - \sum_j p_j x_j)$ with $p = \operatorname{softmax}(\log k^2 + \log w)$.
+        The crowding is $2S/(1+2S)$ with $S = \sum_j w_j k_j^2$.
         """
         if isinstance(bank, Spread):
             lse, mean = self._across(query, bank)

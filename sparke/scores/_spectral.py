@@ -9,17 +9,27 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from sparke.errors import ArgumentError
 from sparke.kernels import gaussian, kernel_matrix, normalize
 from sparke.protocols import Features, Selection
 
 Width: TypeAlias = float | Tensor
 
 
-def check_rows(most: int) -> None:
-    """Raise unless `most` is a whole number above 0."""
-    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
-        raise ArgumentError(f"max_rows must be a whole number above 0, got {most!r}.")
+def wide(query: Features) -> Features:
+    """The queries in float64, on the CPU where their device has none."""
+    device = torch.device("cpu") if query.x.device.type == "mps" else query.x.device
+    x, cond = query.x, query.cond
+    return Features(x.to(device).double(), None if cond is None else cond.to(device).double())
+
+
+def enough_digits(query: Features, order: float) -> Features:
+    """The queries in the dtype that an entropy of this order wants its kernels in.
+
+    Below order 1 the smallest eigenvalues count most. Those of a kernel matrix in float32 are lost
+    below ``n eps``: of 257 standard normal rows in a plane, bandwidth 1, order 0.5 lost 2.7 % of
+    its value and order 0.9 0.35 %.
+    """
+    return wide(query) if order < 1 else query
 
 
 def over_newest(
@@ -67,6 +77,7 @@ def bordered(inner: Tensor, edge: Tensor) -> Tensor:
 def sample_kernels(query: Features, bank: Features, kernel: str, width: Width) -> Tensor:
     """(b, n+1, n+1) kernels of the samples; a bandwidth per query makes matrices per query."""
     rows = bank.x.to(query.x)
+    width = width.to(rows.device) if isinstance(width, Tensor) else width
     if kernel == "cosine":
         return bordered(kernel_matrix(rows, rows, kernel), kernel_matrix(query.x, rows, kernel))
     edge = gaussian(query.x, rows, width)
@@ -86,6 +97,7 @@ def over_seen(k: Tensor, bank: Features) -> Tensor:
     weight = bank.log_weight if isinstance(bank, Selection) else None
     if weight is None:
         return k / k.shape[-1]
+    weight = weight.to(k.device)
     seen = torch.cat([weight.isfinite(), weight.new_ones(len(weight), 1, dtype=torch.bool)], -1)
     mask = seen[:, :, None] & seen[:, None, :]
     return torch.where(mask, k, 0.0) / seen.sum(-1)[:, None, None]

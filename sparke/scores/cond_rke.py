@@ -7,16 +7,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sparke import checks
-from sparke.kernels import QuantileRule, prompt_log_weight
-from sparke.protocols import Features, Requires, Selection
-from sparke.scores import _kernel
+from sparke.protocols import Features, Selection
+from sparke.scores import _kernel, _kernel_score
 
 __all__ = ["CondRKE", "build"]
 
 
 @dataclass(frozen=True)
-class CondRKE:
+class CondRKE(_kernel_score.PromptKernelScore):
     r"""How much a sample would raise the conditional RKE of a bank, given the prompts.
 
     $$\text{Cond-RKE}(X \mid T) = \frac{\|K_T\|_F^2}{\|K_X \circ K_T\|_F^2}$$
@@ -29,8 +27,8 @@ class CondRKE:
       w_i = k_T(t_i, p)^2 = e^{-\|\hat t_i - \hat p\|^2 / s_T^2},$$
 
     with embeddings L2-normalised, as published. Its gradient is attention over the bank, O(b n d):
-    $\frac{2}{s^2}(z - \sum_i p_i x_i)$, $p = softmax(\log k^2 + \log w)$. The weights do not change
-    while a sample is generated; a bank that carries ``log_weight`` (what
+    $\frac{2}{s^2}(z - \sum_i p_i x_i)$, $p = \operatorname{softmax}(\log k^2 + \log w)$. The
+    weights do not change while a sample is generated; a bank that carries ``log_weight`` (what
     [Memory.select][sparke.protocols.Memory] returns) is taken at its word.
 
     It is not the conditional RKE of a set: that is
@@ -47,25 +45,8 @@ class CondRKE:
         MissingPrompts: query or bank comes without prompt embeddings.
     """
 
-    kernel: str = "gaussian"
-    bandwidth: _kernel.Bandwidth = QuantileRule()
-    cond_bandwidth: float = 0.35
-
     across: ClassVar[bool] = True
     """Rows on other ranks are read too."""
-
-    def __post_init__(self) -> None:
-        checks.positive("cond_bandwidth", self.cond_bandwidth)
-        self._squared  # noqa: B018  raises on bad options now, not at the first step
-
-    @property
-    def requires(self) -> Requires:
-        """Prompt embeddings."""
-        return Requires(cond=True)
-
-    def log_weight(self, query_cond: Tensor, bank_cond: Tensor) -> Tensor:
-        """(b, c), (n, c) -> (b, n) logarithms of the squared prompt kernel."""
-        return prompt_log_weight(query_cond, bank_cond, self.cond_bandwidth)
 
     def __call__(self, query: Features, bank: Features) -> Tensor:
         """(b,) scores of b query rows (b, d) against n bank rows (n, d); 0 for an empty bank."""
@@ -83,10 +64,6 @@ class CondRKE:
         """Both from one pass over the bank."""
         return self._squared.pull(*self._weighted(query, bank))
 
-    def calibrate(self, bank: Features) -> CondRKE:
-        """The same score with a rule's bandwidth read off this bank."""
-        return replace(self, bandwidth=_kernel.fixed(self.bandwidth, bank))
-
     def _weighted(self, query: Features, bank: Features) -> tuple[Features, Features, Tensor]:
         _kernel.check_selection(query, bank)
         if isinstance(bank, Selection) and bank.log_weight is not None:
@@ -98,10 +75,6 @@ class CondRKE:
         if isinstance(bank, Selection):
             return query, replace(bank, log_weight=weight), weight
         return query, Selection(bank.x, bank.cond, weight), weight
-
-    @property
-    def _squared(self) -> _kernel.SquaredKernel:
-        return _kernel.SquaredKernel(self.kernel, self.bandwidth)
 
 
 build = CondRKE

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from sparke import checks
 from sparke.entropy import check_order, entropy
-from sparke.kernels import QuantileRule, prompt_log_weight
-from sparke.protocols import Features, Requires, Selection
-from sparke.scores import _kernel, _spectral
+from sparke.protocols import Features, Selection
+from sparke.scores import _kernel, _kernel_score, _spectral
 
 __all__ = ["CondVendi", "build"]
 
 
 @dataclass(frozen=True)
-class CondVendi:
+class CondVendi(_kernel_score.PromptKernelScore):
     r"""Effective number of distinct samples per prompt in a bank with one sample added.
 
     $$\text{Cond-Vendi}_q(X \cup z \mid T \cup p) =
@@ -33,7 +32,7 @@ class CondVendi:
         kernel: ``"gaussian"`` or ``"cosine"``, on samples.
         bandwidth: of the Gaussian kernel on samples, or a rule.
         cond_bandwidth: of the Gaussian kernel on L2-normalised prompt embeddings.
-        order: q above 0, infinity included.
+        order: q above 0, infinity included; below 1 all is computed in float64.
         max_rows: rows of the bank used at most.
 
     Raises:
@@ -41,26 +40,13 @@ class CondVendi:
         MissingPrompts: query or bank comes without prompt embeddings.
     """
 
-    kernel: str = "gaussian"
-    bandwidth: _kernel.Bandwidth = QuantileRule()
-    cond_bandwidth: float = 0.35
     order: float = 1.0
     max_rows: int = 256
 
     def __post_init__(self) -> None:
         check_order(self.order)
-        checks.positive("cond_bandwidth", self.cond_bandwidth)
-        _spectral.check_rows(self.max_rows)
-        self._squared  # noqa: B018  raises on bad options now, not at the first step
-
-    @property
-    def requires(self) -> Requires:
-        """Prompt embeddings."""
-        return Requires(cond=True)
-
-    def log_weight(self, query_cond: Tensor, bank_cond: Tensor) -> Tensor:
-        """(b, c), (n, c) -> (b, n) logarithms of the squared prompt kernel."""
-        return prompt_log_weight(query_cond, bank_cond, self.cond_bandwidth)
+        checks.whole("max_rows", self.max_rows)
+        super().__post_init__()
 
     def __call__(self, query: Features, bank: Features) -> Tensor:
         """(b,) effective numbers, 1 for an empty bank."""
@@ -73,12 +59,14 @@ class CondVendi:
         return _spectral.over_newest(self._value, query, bank, width, self.max_rows)
 
     def _value(self, query: Features, bank: Features, width: _spectral.Width) -> Tensor:
-        assert query.cond is not None
+        exact = _spectral.enough_digits(query, self.order)
+        assert exact.cond is not None
         assert bank.cond is not None
-        k_x = _spectral.sample_kernels(query, bank, self.kernel, width)
-        k_t = _spectral.prompt_kernels(query.cond, bank.cond, self.cond_bandwidth).to(k_x)
+        k_x = _spectral.sample_kernels(exact, bank, self.kernel, width)
+        k_t = _spectral.prompt_kernels(exact.cond, bank.cond, self.cond_bandwidth).to(k_x)
         joint = entropy(_spectral.over_seen(k_x * k_t, bank), self.order)
-        return (joint - entropy(_spectral.over_seen(k_t, bank), self.order)).exp()
+        found = (joint - entropy(_spectral.over_seen(k_t, bank), self.order)).exp()
+        return found.to(query.x)
 
     def crowding(self, query: Features, bank: Features) -> Tensor:
         r"""(b,) $2S/(1+2S)$, as [CondRKE][sparke.scores.cond_rke.CondRKE]'s."""
@@ -86,20 +74,12 @@ class CondVendi:
         bank = self._weighted(query, bank)
         return self._squared.crowding(query, bank, _kernel.given_weight(query, bank))
 
-    def calibrate(self, bank: Features) -> CondVendi:
-        """The same score with a rule's bandwidth read off this bank."""
-        return replace(self, bandwidth=_kernel.fixed(self.bandwidth, bank))
-
     def _weighted(self, query: Features, bank: Features) -> Features:
         if isinstance(bank, Selection) and bank.log_weight is not None:
             return bank
         if query.cond is None or bank.cond is None:
             return bank
         return Selection(bank.x, bank.cond, self.log_weight(query.cond, bank.cond))
-
-    @property
-    def _squared(self) -> _kernel.SquaredKernel:
-        return _kernel.SquaredKernel(self.kernel, self.bandwidth)
 
 
 build = CondVendi

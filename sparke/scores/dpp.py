@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparke import checks
-from sparke.kernels import QuantileRule, normalize
-from sparke.protocols import Features, Requires
-from sparke.scores import _kernel, _spectral
+from sparke.kernels import normalize
+from sparke.protocols import Features
+from sparke.scores import _kernel, _kernel_score, _spectral
 
 __all__ = ["DPP", "build"]
 
 
 @dataclass(frozen=True)
-class DPP:
+class DPP(_kernel_score.KernelScore):
     r"""Logarithm of the volume a sample adds to a bank, relative to one unlike everything.
 
     A determinantal point process with kernel matrix L gives a set the likelihood
@@ -31,9 +31,10 @@ class DPP:
     its gradient is exactly that of the likelihood of the whole batch in each sample.
 
     With k the sample's kernels and $\tau$ the jitter, in closed form,
-    $s = \log S_0 - \log S_1 + const$, $S_a = 1 + a + \tau - k^T (L_X + (a + \tau) I)^{-1} k$, and
-    the gradient needs two solves, O(b n^3) in float64: at most `max_rows` rows, the newest, are
-    used (a rule reads its bandwidth off all). A row's weight plays no part beyond hiding it.
+    $s = \log S_0 - \log S_1 + \text{const}$,
+    $S_a = 1 + a + \tau - k^T (L_X + (a + \tau) I)^{-1} k$, and the gradient needs two solves, O(b
+    n^3) in float64: at most `max_rows` rows, the newest, are used (a rule reads its bandwidth off
+    all). A row's weight plays no part beyond hiding it.
 
     It is not the published method, only its likelihood: a DiversityGuider normalises each sample's
     direction and has its own schedule. The method is the guider of the same name. Where a bank
@@ -49,20 +50,13 @@ class DPP:
         ArgumentError: unknown kernel, bandwidth or jitter not above 0, max_rows below 1.
     """
 
-    kernel: str = "gaussian"
-    bandwidth: _kernel.Bandwidth = QuantileRule()
     jitter: float = 1e-4
     max_rows: int = 64
 
     def __post_init__(self) -> None:
         checks.positive("jitter", self.jitter)
-        _spectral.check_rows(self.max_rows)
-        self._squared  # noqa: B018  raises on bad options now, not at the first step
-
-    @property
-    def requires(self) -> Requires:
-        """Nothing."""
-        return Requires()
+        checks.whole("max_rows", self.max_rows)
+        super().__post_init__()
 
     def __call__(self, query: Features, bank: Features) -> Tensor:
         """(b,) scores of b query rows (b, d) against n bank rows (n, d); 0 for an empty bank."""
@@ -80,28 +74,17 @@ class DPP:
         width = self._squared.width(query, bank)
         return _spectral.over_newest(self._direction, query, bank, width, self.max_rows)
 
-    def crowding(self, query: Features, bank: Features) -> Tensor:
-        r"""(b,) $2S/(1+2S)$, $S = \sum_j w_j k(x_j, z)^2$, as [RKE][sparke.scores.rke.RKE]'s."""
-        _kernel.check_selection(query, bank)
-        return self._squared.crowding(query, bank, _kernel.given_weight(query, bank))
-
-    def direction_and_crowding(self, query: Features, bank: Features) -> tuple[Tensor, Tensor]:
-        """Both."""
-        return self.direction(query, bank), self.crowding(query, bank)
-
-    def calibrate(self, bank: Features) -> DPP:
-        """The same score with a rule's bandwidth read off this bank."""
-        return replace(self, bandwidth=_kernel.fixed(self.bandwidth, bank))
-
     def _value(self, query: Features, bank: Features, width: _spectral.Width) -> Tensor:
-        z, rows = _wide(query.x, bank)
+        z = _spectral.wide(query).x
+        rows = bank.x.to(z)
         edge, inner = self._kernels(z, rows, width, bank)
         (_, low), (_, high) = _left_over(edge, inner, self.jitter)
         apart = math.log1p(self.jitter) - math.log(2 + self.jitter)
         return (low.log() - high.log() - apart).to(query.x)
 
     def _direction(self, query: Features, bank: Features, width: _spectral.Width) -> Tensor:
-        z, rows = _wide(query.x, bank)
+        z = _spectral.wide(query).x
+        rows = bank.x.to(z)
         edge, inner = self._kernels(z, rows, width, bank)
         (inside, low), (outside, high) = _left_over(edge, inner, self.jitter)
         # What lowers the score, per kernel.
@@ -132,16 +115,6 @@ class DPP:
         one = torch.eye(len(rows), dtype=z.dtype, device=z.device)
         both = seen[:, :, None] & seen[:, None, :]
         return torch.where(seen, edge, 0.0), torch.where(both, inner, one)
-
-    @property
-    def _squared(self) -> _kernel.SquaredKernel:
-        return _kernel.SquaredKernel(self.kernel, self.bandwidth)
-
-
-def _wide(query: Tensor, bank: Features) -> tuple[Tensor, Tensor]:
-    """Both in float64, on the CPU where the device has none."""
-    query = query.cpu() if query.device.type == "mps" else query
-    return query.double(), bank.x.to(query.device).double()
 
 
 def _like(width: _spectral.Width, z: Tensor) -> Tensor:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparke import ops
-from sparke.kernels import QuantileRule, kernel_matrix, normalize
-from sparke.protocols import Features, Requires, Selection
-from sparke.scores import _kernel
+from sparke.kernels import kernel_matrix, normalize
+from sparke.protocols import Features, Selection
+from sparke.scores import _kernel, _kernel_score
 
 __all__ = ["Particle", "build"]
 
 
 @dataclass(frozen=True)
-class Particle:
+class Particle(_kernel_score.KernelScore):
     r"""How little a sample resembles a bank: minus the sum of its kernels with the rows.
 
     $$s(z) = -\sum_j w_j\, k(x_j, z)$$
@@ -42,17 +42,6 @@ class Particle:
     Raises:
         ArgumentError: unknown kernel, bandwidth not above 0.
     """
-
-    kernel: str = "gaussian"
-    bandwidth: _kernel.Bandwidth = QuantileRule()
-
-    def __post_init__(self) -> None:
-        self._squared  # noqa: B018  raises on bad options now, not at the first step
-
-    @property
-    def requires(self) -> Requires:
-        """Nothing."""
-        return Requires()
 
     def __call__(self, query: Features, bank: Features) -> Tensor:
         """(b,) scores of b query rows (b, d) against n bank rows (n, d); 0 for an empty bank."""
@@ -91,23 +80,6 @@ class Particle:
         mass = log_sum.to(query.x).exp()[:, None]
         away: Tensor = mass * (query.x - mean.to(query.x)) / width**2
         return away
-
-    def crowding(self, query: Features, bank: Features) -> Tensor:
-        r"""(b,) $2S/(1+2S)$, $S = \sum_j w_j k(x_j, z)^2$, as [RKE][sparke.scores.rke.RKE]'s."""
-        _kernel.check_selection(query, bank)
-        return self._squared.crowding(query, bank, _kernel.given_weight(query, bank))
-
-    def direction_and_crowding(self, query: Features, bank: Features) -> tuple[Tensor, Tensor]:
-        """Both."""
-        return self.direction(query, bank), self.crowding(query, bank)
-
-    def calibrate(self, bank: Features) -> Particle:
-        """The same score with a rule's bandwidth read off this bank."""
-        return replace(self, bandwidth=_kernel.fixed(self.bandwidth, bank))
-
-    @property
-    def _squared(self) -> _kernel.SquaredKernel:
-        return _kernel.SquaredKernel(self.kernel, self.bandwidth)
 
 
 build = Particle

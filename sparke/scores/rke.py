@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from sparke.kernels import QuantileRule
-from sparke.protocols import Features, Requires
-from sparke.scores import _kernel
+from sparke.protocols import Features
+from sparke.scores import _kernel, _kernel_score
 
 __all__ = ["RKE", "build"]
 
 
 @dataclass(frozen=True)
-class RKE:
+class RKE(_kernel_score.KernelScore):
     r"""How much a sample would raise the Rényi kernel entropy of a bank (order 2).
 
-    $$RKE(X) = \frac{1}{\|K/n\|_F^2} = \frac{n^2}{\sum_{ij} k(x_i, x_j)^2}$$
+    $$\mathrm{RKE}(X) = \frac{1}{\|K/n\|_F^2} = \frac{n^2}{\sum_{ij} k(x_i, x_j)^2}$$
 
     (Jalali, Li and Farnia, "An Information-Theoretic Evaluation of Generative Models in Learning
     Multi-modal Distributions", NeurIPS 2023) is the effective number of distinct samples. Adding z
@@ -27,8 +26,8 @@ class RKE:
 
     $$s(z) = -\log \frac{1}{n} \sum_i k(x_i, z)^2,$$
 
-    so that $RKE(X \cup z) = (n+1)^2 / (\|K\|_F^2 + 1 + 2 n e^{-s(z)})$. The logarithm keeps the
-    direction well scaled when everything is far: for the Gaussian kernel it is
+    so that $\mathrm{RKE}(X \cup z) = (n+1)^2 / (\|K\|_F^2 + 1 + 2 n e^{-s(z)})$. The logarithm
+    keeps the direction well scaled when everything is far: for the Gaussian kernel it is
     $\frac{2}{s^2}(z - \sum_i p_i x_i)$, a softmax attention over the bank, O(b n d), with no n x n
     matrix (the update of SPARKE, arXiv 2506.10173, in log form and without its prompt weights).
 
@@ -44,19 +43,8 @@ class RKE:
         ArgumentError: unknown kernel, bandwidth not above 0.
     """
 
-    kernel: str = "gaussian"
-    bandwidth: _kernel.Bandwidth = QuantileRule()
-
     across: ClassVar[bool] = True
     """Rows on other ranks are read too."""
-
-    def __post_init__(self) -> None:
-        self._squared  # noqa: B018  raises on bad options now, not at the first step
-
-    @property
-    def requires(self) -> Requires:
-        """Nothing."""
-        return Requires()
 
     def __call__(self, query: Features, bank: Features) -> Tensor:
         """(b,) scores of b query rows (b, d) against n bank rows (n, d); 0 for an empty bank."""
@@ -67,23 +55,10 @@ class RKE:
         """(b, d) gradient of the score in ``query.x``, in closed form."""
         return self.direction_and_crowding(query, bank)[0]
 
-    def crowding(self, query: Features, bank: Features) -> Tensor:
-        r"""(b,) $2S/(1+2S)$, $S = \sum_i k(x_i, z)^2$: the others' share of the increment."""
-        _kernel.check_selection(query, bank)
-        return self._squared.crowding(query, bank, _kernel.given_weight(query, bank))
-
     def direction_and_crowding(self, query: Features, bank: Features) -> tuple[Tensor, Tensor]:
         """Both from one pass over the bank."""
         _kernel.check_selection(query, bank)
         return self._squared.pull(query, bank, _kernel.given_weight(query, bank))
-
-    def calibrate(self, bank: Features) -> RKE:
-        """The same score with a rule's bandwidth read off this bank."""
-        return replace(self, bandwidth=_kernel.fixed(self.bandwidth, bank))
-
-    @property
-    def _squared(self) -> _kernel.SquaredKernel:
-        return _kernel.SquaredKernel(self.kernel, self.bandwidth)
 
 
 build = RKE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ class SPELL:
 
     def calibrate(self, bank: Features) -> SPELL:
         """The same score with a rule's radius read off this bank."""
-        return replace(self, radius=_kernel.fixed(self.radius, bank))
+        return _kernel.calibrated(self, "radius", bank)
 
 
 def _near(query: Tensor, rows: Tensor, radius: Tensor, seen: Tensor) -> list[Tensor]:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from sparke import checks
 from sparke.entropy import check_order, entropy
-from sparke.kernels import QuantileRule
-from sparke.protocols import Features, Requires
-from sparke.scores import _kernel, _spectral
+from sparke.protocols import Features
+from sparke.scores import _kernel, _kernel_score, _spectral
 
 __all__ = ["Vendi", "build"]
 
 
 @dataclass(frozen=True)
-class Vendi:
+class Vendi(_kernel_score.KernelScore):
     r"""Effective number of distinct samples in a bank with one sample added.
 
     $$V_q(X \cup z) = \exp H_q\left(\tfrac{1}{n+1} K_{X \cup z}\right), \qquad
@@ -32,27 +32,20 @@ class Vendi:
     Attributes:
         kernel: ``"gaussian"`` or ``"cosine"``.
         bandwidth: of the Gaussian kernel, or a rule.
-        order: q above 0, infinity included.
+        order: q above 0, infinity included; below 1 all is computed in float64.
         max_rows: rows of the bank used at most.
 
     Raises:
         ArgumentError: unknown kernel, bandwidth or order not above 0, max_rows below 1.
     """
 
-    kernel: str = "gaussian"
-    bandwidth: _kernel.Bandwidth = QuantileRule()
     order: float = 1.0
     max_rows: int = 256
 
     def __post_init__(self) -> None:
         check_order(self.order)
-        _spectral.check_rows(self.max_rows)
-        self._squared  # noqa: B018  raises on bad options now, not at the first step
-
-    @property
-    def requires(self) -> Requires:
-        """Nothing."""
-        return Requires()
+        checks.whole("max_rows", self.max_rows)
+        super().__post_init__()
 
     def __call__(self, query: Features, bank: Features) -> Tensor:
         """(b,) effective numbers, 1 for an empty bank."""
@@ -63,21 +56,9 @@ class Vendi:
         return _spectral.over_newest(self._value, query, bank, width, self.max_rows)
 
     def _value(self, query: Features, bank: Features, width: _spectral.Width) -> Tensor:
-        k = _spectral.sample_kernels(query, bank, self.kernel, width)
-        return entropy(_spectral.over_seen(k, bank), self.order).exp()
-
-    def crowding(self, query: Features, bank: Features) -> Tensor:
-        r"""(b,) $2S/(1+2S)$, $S = \sum_i k(x_i, z)^2$, as [RKE][sparke.scores.rke.RKE]'s."""
-        _kernel.check_selection(query, bank)
-        return self._squared.crowding(query, bank, _kernel.given_weight(query, bank))
-
-    def calibrate(self, bank: Features) -> Vendi:
-        """The same score with a rule's bandwidth read off this bank."""
-        return replace(self, bandwidth=_kernel.fixed(self.bandwidth, bank))
-
-    @property
-    def _squared(self) -> _kernel.SquaredKernel:
-        return _kernel.SquaredKernel(self.kernel, self.bandwidth)
+        exact = _spectral.enough_digits(query, self.order)
+        k = _spectral.sample_kernels(exact, bank, self.kernel, width)
+        return entropy(_spectral.over_seen(k, bank), self.order).exp().to(query.x)
 
 
 build = Vendi

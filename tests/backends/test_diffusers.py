@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import sparke
 from sparke.errors import (
     ArgumentError,
+    GuidanceWarning,
     MissingPrompts,
     ShapeError,
     UnsupportedTarget,
@@ -617,7 +618,8 @@ def test_wrapped_twice_both_push() -> None:
     pipe = tiny.shared("sd")
     before = trace(pipe)
     inner = sparke.wrap(pipe, memory=Counting())
-    outer = sparke.wrap(inner, memory=Counting(), score="rke")
+    with pytest.warns(GuidanceWarning, match="wrapped already"):
+        outer = sparke.wrap(inner, memory=Counting(), score="rke")
     assert outer.__wrapped__ is inner
     once, twice = call(sparke.wrap(pipe), "sd", SAME), call(outer, "sd", SAME)
     assert twice.isfinite().all()
@@ -625,7 +627,8 @@ def test_wrapped_twice_both_push() -> None:
     for memory in (inner.memory, outer.memory):
         (committed,) = memory.commits
         assert torch.equal(committed.x, twice.flatten(1))
-    idle = sparke.wrap(sparke.wrap(pipe, scale=0), scale=0)
+    with pytest.warns(GuidanceWarning, match="wrapped already"):
+        idle = sparke.wrap(sparke.wrap(pipe, scale=0), scale=0)
     assert torch.equal(call(idle, "sd", SAME), call(pipe, "sd", SAME))
     assert {k: v for k, v in trace(pipe).items() if k != "held"} == {
         k: v for k, v in before.items() if k != "held"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import sparke
 from sparke.backends import _encodings, modular
-from sparke.errors import ArgumentError, MissingPrompts, UnsupportedTarget
+from sparke.errors import ArgumentError, GuidanceWarning, MissingPrompts, UnsupportedTarget
 from sparke.guidance import DiversityGuider, GuiderChain
 from sparke.protocols import State
 from tests.backends import tiny
@@ -314,7 +314,9 @@ def test_in_a_with_statement(pipe: Any) -> None:
 
 def test_wrapped_twice(pipe: Any) -> None:
     inner, outer = Probe(), DiversityGuider(**STRONG)
-    found = call(sparke.wrap(sparke.wrap(pipe, guider=inner), guider=outer))
+    with pytest.warns(GuidanceWarning, match="wrapped already"):
+        twice = sparke.wrap(sparke.wrap(pipe, guider=inner), guider=outer)
+    found = call(twice)
     assert torch.equal(found, call(sparke.wrap(pipe, **STRONG)))
     assert len(inner.finished) == len(inner.runs) == 1
     assert len(outer.memory) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,9 +16,13 @@ from k_diffusion import sampling
 from torch import Tensor, nn
 
 import sparke
-from sparke.errors import ArgumentError
+from sparke.errors import ArgumentError, GuidanceWarning
 from sparke.guidance import DiversityGuider, GuiderChain, SharedMemory, having, members
 from sparke.guidance._hooks import HOOKS
+from sparke.guidance.dpp import DPP
+from sparke.guidance.eddy import EDDY
+from sparke.guidance.particle import Particle
+from sparke.guidance.spell import SPELL
 from sparke.memory import RingMemory
 from sparke.memory.reference import ReferenceMemory
 from sparke.protocols import (
@@ -501,3 +506,61 @@ def test_a_chain_of_nothing_or_of_something_else_is_an_error() -> None:
         GuiderChain([])
     with pytest.raises(ArgumentError, match="no Guider"):
         GuiderChain([Shift(1.0), MIXTURE])  # type: ignore[list-item]
+
+
+# What is not finite.
+
+
+def broken_at(rows: list[int]) -> State:
+    x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    x[rows] = torch.nan
+    return State(x, x.clone(), STEP)
+
+
+def told(act: Callable[[], object]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        act()
+    return [str(w.message) for w in caught if issubclass(w.category, GuidanceWarning)]
+
+
+def test_a_chain_warns_of_each_sample_once_in_a_run() -> None:
+    kinds: list[Callable[[], Guider]] = [
+        lambda: DiversityGuider("rke"),
+        SPELL,
+        Particle,
+        DPP,
+        lambda: EDDY(divergence=False),
+    ]
+    for kind in kinds:  # each alone does warn, or the chain would prove nothing
+        alone = kind()
+        alone.begin(RUN)
+        assert len(told(lambda alone=alone: alone(broken_at([1])))) == 1, alone  # type: ignore[misc]
+    chain = GuiderChain([kind() for kind in kinds])
+    for _ in range(2):
+        chain.begin(RUN)
+        (message,) = told(lambda: chain(broken_at([1])))
+        assert "for 1 of 4 samples; they go on unguided" in message
+        assert told(lambda: chain(broken_at([1]))) == []
+        assert len(told(lambda: chain(broken_at([1, 2])))) == 1
+        assert told(lambda: chain(broken_at([2]))) == []
+
+
+def test_a_chain_warns_once_of_samples_that_nobody_keeps() -> None:
+    guiders: list[Any] = [DiversityGuider("rke"), SPELL()]
+    chain = GuiderChain(guiders)
+    x = broken_at([3]).denoised
+    for kept in (3, 6):
+        chain.begin(RUN)
+        (message,) = told(lambda: chain.finish(x))
+        assert "1 of 4 finished samples are not finite" in message
+        assert [len(g.memory) for g in guiders] == [kept, kept]
+    assert len(told(lambda: [guider.finish(x) for guider in guiders])) == 2
+
+
+def test_what_one_chain_told_another_tells_too() -> None:
+    first, second = (GuiderChain([DiversityGuider("rke"), SPELL()]) for _ in range(2))
+    for chain in (first, second):
+        chain.begin(RUN)
+    for chain in (first, second):
+        assert len(told(lambda chain=chain: chain(broken_at([0])))) == 1  # type: ignore[misc]

@@ -26,22 +26,11 @@ from sparke.memory import RingMemory
 from sparke.models.mixture import GaussianMixture
 from sparke.protocols import Features, Requires, Run, State, Step
 from sparke.schedules import Constant, NoiseLevel, RemainingNoise
+from tests.float64 import F64, Rows, rows
+from tests.guidance.states import STEP, remembering
 from tests.samplers import MIXTURE, PROMPTS, Recorder, run
 
-F64 = torch.float64
-STEP = Step(index=2, sigma=3.0, sigma_next=2.0, total=8)
 H = 1.7
-Rows = list[list[float]]
-
-
-def rows(n: int, d: int, seed: int, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
-
-
-def remembering(x: Tensor, cond: Tensor | None = None) -> RingMemory:
-    memory = RingMemory()
-    memory.commit(Features(x.float(), None if cond is None else cond.float()))
-    return memory
 
 
 def started(guider: DiversityGuider, x: Tensor, cond: Tensor | None = None) -> DiversityGuider:
@@ -819,3 +808,10 @@ def test_guidance_is_handed_over_at_a_published_level_where_the_spread_is_unknow
     guider.begin(Run(torch.Size((2, 3)), torch.device("cpu"), torch.float32, sigma_data=told))
     for sigma, scale in ((handover * 0.99, 7.0), (handover * 1.01, 1.0)):
         assert guider.on_guidance_scale(Step(0, sigma, sigma / 2), 7.0) == scale
+
+
+def test_the_guidance_scale_is_idle_where_it_is_left_alone() -> None:
+    assert DiversityGuider().idle == frozenset()
+    assert DiversityGuider(cfg_interval=(0.1, 2.0)).idle == frozenset()
+    for unused in (DiversityGuider(cfg_interval=None), DiversityGuider(scale=0.0)):
+        assert unused.idle == {"guidance_scale"}

@@ -18,51 +18,28 @@ from sparke.errors import ArgumentError, GuidanceWarning, NonFiniteGuidance, Sha
 from sparke.guidance import dpp
 from sparke.guidance.dpp import DPP
 from sparke.models.mixture import GaussianMixture
-from sparke.protocols import Features, Run, Selection, State, Step
+from sparke.protocols import Features, Selection, State, Step
 from sparke.scores.dpp import DPP as Volume
 from sparke.testing import check_guider
-from tests import samplers
+from tests import float64, samplers
+from tests.float64 import F64, Rows, log_det, rows
+from tests.guidance import states
+from tests.guidance.states import STEP, pushed
 from tests.samplers import MIXTURE, PROMPTS, run
 
-F64 = torch.float64
-STEP = Step(index=2, sigma=3.0, sigma_next=2.0, total=8)
 JITTER = 1e-4
-Rows = list[list[float]]
-
-
-def rows(n: int, d: int, seed: int) -> Tensor:
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def state(n: int = 4, d: int = 3, step: Step = STEP) -> State:
-    denoised = rows(n, d, 1)
-    return State(denoised + step.sigma * rows(n, d, 0), denoised, step)
-
-
-def pushed(guider: DPP, at: State, **fields: Any) -> Tensor:
-    told: dict[str, Any] = {"sigma_data": 1.0, **fields}
-    guider.begin(Run(at.x.shape, at.x.device, at.x.dtype, **told))
-    return guider(at)
 
 
 def close(ours: Tensor, expected: Any, tolerance: float = 1e-6) -> None:
-    theirs = torch.as_tensor(expected, dtype=F64)
-    torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
+    float64.close(ours, expected, tolerance)
+
+
+def state(n: int = 4, d: int = 3, step: Step = STEP) -> State:
+    return states.state(n, d, step)
 
 
 def squared(u: list[float], v: list[float]) -> float:
     return sum((a - b) ** 2 for a, b in zip(u, v, strict=True))
-
-
-def log_det(matrix: Rows) -> float:
-    """By Gauss's elimination."""
-    rest, total = [list(row) for row in matrix], 0.0
-    for i in range(len(rest)):
-        total += math.log(rest[i][i])
-        for j in range(i + 1, len(rest)):
-            share = rest[j][i] / rest[i][i]
-            rest[j] = [a - share * b for a, b in zip(rest[j], rest[i], strict=True)]
-    return total
 
 
 def log_likelihood(f: Rows, quality: list[float], h: float, median: float) -> float:

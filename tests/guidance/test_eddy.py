@@ -22,29 +22,20 @@ from sparke.guidance.eddy import EDDY
 from sparke.guidance.interval import Interval
 from sparke.guidance.noise import Noise
 from sparke.models.mixture import GaussianMixture
-from sparke.protocols import GuidanceScaleHook, Guider, Run, State, Step
+from sparke.protocols import GuidanceScaleHook, Guider, State, Step
 from sparke.testing import check_guider
 from tests import samplers
 from tests.backends import tiny
+from tests.float64 import F64, rows
+from tests.guidance.states import pushed as moved
 from tests.samplers import MIXTURE, PROMPTS, Recorder, run
 
-F64 = torch.float64
 STEP = Step(index=0, sigma=2.0, sigma_next=1.5, total=8)
-
-
-def rows(n: int, d: int, seed: int) -> Tensor:
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def state(n: int = 4, d: int = 3, step: Step = STEP) -> State:
     denoised = rows(n, d, 1)
     return State(denoised + 1.2 * step.sigma * rows(n, d, 0), denoised, step)
-
-
-def moved(guider: EDDY, at: State, **fields: Any) -> Tensor:
-    told: dict[str, Any] = {"sigma_data": 1.0, **fields}
-    guider.begin(Run(at.x.shape, at.x.device, at.x.dtype, **told))
-    return guider(at)
 
 
 def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-9) -> None:

@@ -9,44 +9,23 @@ from typing import Any
 import pytest
 import torch
 from k_diffusion import sampling
-from torch import Tensor
 
 import sparke
 from sparke.errors import ArgumentError, GuidanceWarning, NonFiniteGuidance, ShapeError
 from sparke.guidance.particle import Particle
 from sparke.models.mixture import GaussianMixture
-from sparke.protocols import Run, State, Step
+from sparke.protocols import State, Step
 from sparke.testing import check_guider
 from tests import samplers
+from tests.float64 import F64, Rows, close, rows
+from tests.guidance import states
+from tests.guidance.states import STEP, pushed
+from tests.oracles import distance
 from tests.samplers import MIXTURE, PROMPTS, run
-
-F64 = torch.float64
-STEP = Step(index=2, sigma=3.0, sigma_next=2.0, total=8)
-Rows = list[list[float]]
-
-
-def rows(n: int, d: int, seed: int) -> Tensor:
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def state(n: int = 5, d: int = 4, step: Step = STEP) -> State:
-    denoised = rows(n, d, 1)
-    return State(denoised + step.sigma * rows(n, d, 0), denoised, step)
-
-
-def pushed(guider: Particle, at: State, **fields: Any) -> Tensor:
-    told: dict[str, Any] = {"sigma_data": 1.0, **fields}
-    guider.begin(Run(at.x.shape, at.x.device, at.x.dtype, **told))
-    return guider(at)
-
-
-def close(ours: Tensor, expected: Any, tolerance: float = 1e-9) -> None:
-    theirs = torch.as_tensor(expected, dtype=F64)
-    torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
-
-
-def distance(u: list[float], v: list[float]) -> float:
-    return math.sqrt(sum((a - b) ** 2 for a, b in zip(u, v, strict=True)))
+    return states.state(n, d, step)
 
 
 def repulsion(z: Rows, i: int) -> list[float]:

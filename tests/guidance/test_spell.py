@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from k_diffusion import sampling
-from torch import Tensor
 
 import sparke
 from sparke.errors import (
@@ -23,44 +22,19 @@ from sparke.errors import (
 )
 from sparke.guidance.spell import SPELL
 from sparke.memory import RingMemory
-from sparke.protocols import Features, Run, Selection, State, Step
+from sparke.protocols import Features, Selection, State, Step
 from sparke.testing import check_guider
 from tests import samplers
+from tests.float64 import F64, Rows, close, rows
+from tests.guidance.states import STEP, pushed, remembering
+from tests.oracles import distance
 from tests.samplers import MIXTURE, PROMPTS, run
 
-F64 = torch.float64
-STEP = Step(index=2, sigma=3.0, sigma_next=2.0, total=8)
 R = 1.7
-Rows = list[list[float]]
-
-
-def rows(n: int, d: int, seed: int, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
-
-
-def remembering(x: Tensor, cond: Tensor | None = None) -> RingMemory:
-    memory = RingMemory()
-    memory.commit(Features(x.float(), None if cond is None else cond.float()))
-    return memory
 
 
 def state(n: int = 4, d: int = 3, step: Step = STEP) -> State:
     return State(step.sigma * rows(n, d, 0), rows(n, d, 1), step)
-
-
-def pushed(guider: SPELL, at: State, **fields: Any) -> Tensor:
-    told: dict[str, Any] = {"sigma_data": 1.0, **fields}
-    guider.begin(Run(at.x.shape, at.x.device, at.x.dtype, **told))
-    return guider(at)
-
-
-def close(ours: Tensor, expected: Any, tolerance: float = 1e-9) -> None:
-    theirs = torch.as_tensor(expected, dtype=F64)
-    torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
-
-
-def distance(u: list[float], v: list[float]) -> float:
-    return math.sqrt(sum((a - b) ** 2 for a, b in zip(u, v, strict=True)))
 
 
 def repelled(z: list[float], shields: Rows, r: float, strength: float) -> list[float]:

@@ -14,33 +14,16 @@ from sparke.kernels import QuantileRule
 from sparke.protocols import Features, Selection
 from sparke.scores.dpp import DPP
 from sparke.testing import check_score
-from tests import oracles
+from tests import float64, oracles
+from tests.float64 import log_det, rows
 
 S, JITTER = 1.3, 1e-4
 HIDDEN = -math.inf
 Matrix = list[list[float]]
 
 
-def rows(n: int, d: int, seed: int) -> Tensor:
-    return torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 def close(ours: Tensor, expected: Any, tolerance: float = 1e-8) -> None:
-    theirs = torch.as_tensor(expected, dtype=torch.float64)
-    torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
-
-
-def log_det(matrix: Matrix) -> float:
-    """By Gauss's elimination."""
-    rest = [list(row) for row in matrix]
-    total = 0.0
-    for i in range(len(rest)):
-        pivot = rest[i][i]
-        total += math.log(pivot)
-        for j in range(i + 1, len(rest)):
-            share = rest[j][i] / pivot
-            rest[j] = [a - share * b for a, b in zip(rest[j], rest[i], strict=True)]
-    return total
+    float64.close(ours, expected, tolerance)
 
 
 def log_likelihood(x: Matrix, kernel: str, s: float = S, jitter: float = JITTER) -> float:

@@ -14,18 +14,10 @@ from sparke.protocols import Features, Selection
 from sparke.scores.particle import Particle
 from sparke.testing import check_score
 from tests import oracles
+from tests.float64 import close, rows
 
 S = 1.3
 HIDDEN = -math.inf
-
-
-def rows(n: int, d: int, seed: int) -> Tensor:
-    return torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def close(ours: Tensor, expected: Any, tolerance: float = 1e-9) -> None:
-    theirs = torch.as_tensor(expected, dtype=torch.float64)
-    torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("kernel", ["gaussian", "cosine"])

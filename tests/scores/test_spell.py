@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from sparke.errors import ArgumentError, ShapeError
 from sparke.kernels import QuantileRule
@@ -16,18 +15,10 @@ from sparke.scores import spell
 from sparke.scores.spell import SPELL
 from sparke.testing import check_score
 from tests import oracles
+from tests.float64 import close, rows
 
 R = 2.2
 HIDDEN = -math.inf
-
-
-def rows(n: int, d: int, seed: int) -> Tensor:
-    return torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def close(ours: Tensor, expected: Any, tolerance: float = 1e-9) -> None:
-    theirs = torch.as_tensor(expected, dtype=torch.float64)
-    torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
 
 
 def shielded(
