@@ -40,7 +40,7 @@ def callback(
     score: str | Score = SCORE,
     *,
     guider: Given | None = None,
-    memory: Memory | None = None,
+    memory: Memory | str | None = None,
     scale: float = SCALE,
     prompt_embeds: PromptSource | None = None,
     features: Callable[[Tensor], Tensor] | None = None,
@@ -60,7 +60,7 @@ def callback(
             unless told otherwise.
         guider: in place of the one made from the other arguments: a guider's name, a score's, a
             guider, or a sequence of these; see [wrap][sparke.wrap].
-        memory: where finished samples are kept; a new ring of 1024 if None.
+        memory: where finished samples are kept, or a memory's name; a new ring of 1024 if None.
         scale: strength; 0 leaves the pipeline's output bit-identical.
         prompt_embeds: (b, c), (b, tokens, c), a pair of the latter with its mask, or a function of
             the callback's tensors; the pipeline's own ``prompt_embeds`` if None.

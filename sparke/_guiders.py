@@ -10,10 +10,12 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from sparke import _discover, guidance, scores
+from sparke import guidance, scores
+from sparke._discover import GUIDERS, key
 from sparke.errors import ArgumentError, UnknownName
 from sparke.guidance import DiversityGuider, GuiderChain, SharedMemory, members
 from sparke.guidance.diversity import SCALE
+from sparke.memory import memory as memory_of
 from sparke.protocols import Guider, Memory, Score
 from sparke.schedules import Schedule
 
@@ -33,7 +35,7 @@ SHARED = ("score", "scale", "features", "schedule", "in_batch", "cfg_interval", 
 def guider_of(
     given: Given | None,
     score: str | Score,
-    memory: Memory | None,
+    memory: Memory | str | None,
     /,
     *,
     scale: float,
@@ -52,6 +54,7 @@ def guider_of(
         ArgumentError: an option would go nowhere, or has a forbidden value.
         UnknownName: no such guider or score.
     """
+    memory = None if memory is None else memory_of(memory)
     if given is None:
         return DiversityGuider(
             score,
@@ -89,10 +92,11 @@ class _Named:
 
     @functools.cached_property
     def factory(self) -> Callable[..., Guider]:
-        key = _discover.key(self.name)
-        if key in guidance.names():
-            return _discover.factory(guidance, "guider", self.name, guidance.GROUP)
-        if key in scores.names():
+        wanted = key(self.name)
+        if wanted in guidance.names():
+            made_by: Callable[..., Guider] = GUIDERS.factory(self.name)
+            return made_by
+        if wanted in scores.names():
             return functools.partial(DiversityGuider, self.name)
         raise UnknownName("guider", self.name, {*guidance.names(), *scores.names()})
 
@@ -107,7 +111,10 @@ class _Named:
         return passes_on or option in {p.name for p in self.options if p.kind is not p.VAR_KEYWORD}
 
     def made(self, options: Mapping[str, Any]) -> Guider:
-        made: Guider = _discover.call("guider", self.name, self.factory, options)
+        if isinstance(self.factory, functools.partial):  # a score's name
+            guider: Guider = self.factory(**options)
+            return guider
+        made: Guider = GUIDERS.make(self.name, self.factory, options)
         return made
 
 

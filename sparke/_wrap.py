@@ -11,7 +11,7 @@ from torch import Tensor
 from sparke import backends
 from sparke._guiders import CFG_INTERVAL, SCALE, SCORE, guider_of
 from sparke.errors import ArgumentError
-from sparke.protocols import Guider, Memory, Score
+from sparke.protocols import Backend, Guider, Memory, Score
 from sparke.schedules import Schedule
 
 __all__ = ["wrap"]
@@ -24,7 +24,7 @@ def wrap(
     score: str | Score = SCORE,
     *,
     guider: Guider | str | Sequence[Guider | str] | None = None,
-    memory: Memory | None = None,
+    memory: Memory | str | None = None,
     scale: float = SCALE,
     prompt_embeds: Any = None,
     prompt_encoder: Callable[[list[str]], Any] | None = None,
@@ -32,6 +32,7 @@ def wrap(
     schedule: Schedule | str | None = None,
     in_batch: bool | None = None,
     cfg_interval: tuple[float, float] | str | None = CFG_INTERVAL,
+    backend: Backend | str | None = None,
     **score_options: Any,
 ) -> T:
     """A sampler that makes different pictures, used exactly like the one given.
@@ -53,7 +54,8 @@ def wrap(
             once for each sample, and the rest to the one given by name, if it has them and is the
             only one.
         memory: where finished samples are kept; a new ring of 1024 if None. Share one between
-            wrapped samplers, or load one from a file.
+            wrapped samplers, or load one from a file. By name (``sparke.memory.names()``) it is a
+            new one with that memory's own defaults.
         scale: strength; 0 is bit-identical to the bare target.
         prompt_embeds: (b, c), (b, tokens, c), or a pair of the latter with its mask, or a function
             of the sampler's `extra_args` or of the pipeline call's arguments. If None, those of the
@@ -66,6 +68,8 @@ def wrap(
         in_batch: whether samples of one batch repel each other; True if None, or with `guider` what
             is that guider's own default.
         cfg_interval: where the host's classifier-free guidance stays on; see DiversityGuider.
+        backend: what brings the guider to the target, by name (``sparke.backends.names()``) or an
+            object with `accepts` and `attach`; the one that accepts the target if None.
         **score_options: the score's own, e.g. ``bandwidth=0.8``; with `guider`, that guider's own,
             e.g. ``guider="cads", s=0.3``.
 
@@ -74,23 +78,24 @@ def wrap(
         all others with the one given, and as a context manager guides the calls of that one.
 
     Raises:
-        UnsupportedTarget: no backend knows such a target.
-        UnknownName: no such score or guider; near matches are in the message.
+        UnsupportedTarget: no backend knows such a target, or not the one given.
+        UnknownName: no such score, guider, memory or backend; near matches are in the message.
         ArgumentError: an option has a forbidden value or would reach no guider; two guiders decide
-            the same thing alone.
+            the same thing alone; a name is that of a plugin that cannot be used.
 
     Example:
         ```python
-        pipe = sparke.wrap(StableDiffusionXLPipeline.from_pretrained(...), score="cond-rke")
+        bare = StableDiffusionXLPipeline.from_pretrained(...)
+        pipe = sparke.wrap(bare, score="cond-rke")
         images = pipe("a red cat", num_images_per_prompt=4).images
 
         sampler = sparke.wrap(k_diffusion.sampling.sample_dpmpp_2m, score="cond-rke")
         x = sampler(model, noise, sigmas, extra_args={"cond": embeds, "cond_scale": 6.0})
 
-        pipe = sparke.wrap(pipe, guider=["cads", "cond-rke"], memory=memory)
+        pipe = sparke.wrap(bare, guider=["cads", "cond-rke"], memory=memory)
         ```
     """
-    backend = backends.of(target)
+    found = backends.of(target, backend)
     made = guider_of(
         guider,
         score,
@@ -103,10 +108,15 @@ def wrap(
         **score_options,
     )
     options = {} if prompt_encoder is None else {"prompt_encoder": prompt_encoder}
-    if options and "prompt_encoder" not in inspect.signature(backend.attach).parameters:
+    if options and not _takes(found, "prompt_encoder"):
         raise ArgumentError(
             "prompt_encoder= needs a host that is called with prompts, such as a diffusers "
             "pipeline; a sampler knows embeddings only. Give prompt_embeds= instead."
         )
-    wrapped: T = backend.attach(target, made, prompt_embeds=prompt_embeds, **options)
+    wrapped: T = found.attach(target, made, prompt_embeds=prompt_embeds, **options)
     return wrapped
+
+
+def _takes(backend: Backend, option: str) -> bool:
+    parameters = inspect.signature(backend.attach).parameters
+    return option in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

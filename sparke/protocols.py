@@ -444,6 +444,10 @@ class Backend(Protocol):
         """Whether this backend can wrap `target`."""
         ...
 
-    def attach(self, target: Any, guider: Guider, **options: Any) -> Any:
-        """The wrapped target, of the target's own kind."""
+    def attach(self, target: Any, guider: Guider, *, prompt_embeds: Any = None) -> Any:
+        """The wrapped target, of the target's own kind.
+
+        It may take further options by keyword; `sparke.wrap` passes ``prompt_encoder`` to those
+        that do.
+        """
         ...

@@ -12,7 +12,8 @@ from k_diffusion import sampling
 from torch import Tensor
 
 import sparke
-from sparke import _discover, guidance
+from sparke import guidance
+from sparke._discover import GUIDERS
 from sparke.errors import ArgumentError, SparkeError, UnknownName
 from sparke.guidance import DiversityGuider, GuiderChain, SharedMemory
 from sparke.guidance._hooks import HOOKS
@@ -76,7 +77,7 @@ def test_the_names_are_those_of_the_files() -> None:
 
 @pytest.mark.parametrize("name", guidance.names())
 def test_each_file_has_a_class_that_can_be_imported_from_the_family(name: str) -> None:
-    made = _discover.factory(guidance, "guider", name, guidance.GROUP)
+    made = GUIDERS.factory(name)
     assert isinstance(made, type)
     assert getattr(guidance, made.__name__) is made
 

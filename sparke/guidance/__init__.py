@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from sparke import _discover
-from sparke.errors import ArgumentError
+from sparke._discover import GUIDERS
 from sparke.guidance._chain import GuiderChain as GuiderChain
 from sparke.guidance._hooks import having as having
 from sparke.guidance._hooks import members as members
@@ -42,9 +42,6 @@ __all__ = [
     "names",
 ]
 
-GROUP = "sparke.guiders"
-"""Entry points by which other packages add theirs."""
-
 
 def names() -> list[str]:
     """Names of all guiders, those of installed plugins (entry points ``sparke.guiders``) included.
@@ -52,7 +49,7 @@ def names() -> list[str]:
     Wherever a guider's name is taken, a score's is too: it stands for a DiversityGuider of that
     score.
     """
-    return _discover.names(sys.modules[__name__], GROUP)
+    return GUIDERS.names()
 
 
 def guider(name: str | Guider, **options: Any) -> Guider:
@@ -64,21 +61,10 @@ def guider(name: str | Guider, **options: Any) -> Guider:
 
     Raises:
         UnknownName: nobody registered the name; near matches are in the message.
-        ArgumentError: an option is unknown, missing, or has a forbidden value.
+        ArgumentError: an option is unknown, missing, or has a forbidden value; the object is no
+            Guider; the name is that of a plugin that cannot be used.
     """
-    if isinstance(name, str):
-        built = _discover.build(sys.modules[__name__], "guider", name, options, GROUP)
-    elif options:
-        raise ArgumentError(
-            f"guider is an object already, so the options {sorted(options)} have nowhere to go. "
-            "Set them where the object is made, or give the guider by name."
-        )
-    else:
-        built = name
-    if not isinstance(built, Guider):
-        raise ArgumentError(
-            f"guider={name!r} is no Guider: it needs begin(run), __call__(state) and finish(x)."
-        )
+    built: Guider = GUIDERS.object(name, options)
     return built
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from sparke import _discover
+from sparke._discover import SCORES
 from sparke.errors import ArgumentError
 from sparke.protocols import Score
 
@@ -33,8 +32,7 @@ def check(
     lost = [name for name in options if name not in own]
     if not isinstance(score, str) or not lost:
         return
-    # An attribute of the package it would be to the type checker what it is called for, a function.
-    made_by = _discover.factory(importlib.import_module("sparke.scores"), "score", score)
+    made_by = SCORES.factory(score)
     known = _taken(made_by)
     lost = [name for name in lost if name not in known]
     if lost and not _takes_any(made_by):

@@ -10,9 +10,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from sparke import _discover
-from sparke.errors import ArgumentError
-from sparke.protocols import Requires, Score
+from sparke._discover import SCORES
+from sparke.protocols import Score
 from sparke.scores.cond_rke import CondRKE as CondRKE
 from sparke.scores.cond_vendi import CondVendi as CondVendi
 from sparke.scores.dpp import DPP as DPP
@@ -36,7 +35,7 @@ __all__ = [
 
 def names() -> list[str]:
     """Names of all scores, those of installed plugins (entry points ``sparke.scores``) included."""
-    return _discover.names(sys.modules[__name__])
+    return SCORES.names()
 
 
 def score(name: str | Score, **options: Any) -> Score:
@@ -48,22 +47,10 @@ def score(name: str | Score, **options: Any) -> Score:
 
     Raises:
         UnknownName: nobody registered the name; near matches are in the message.
-        ArgumentError: an option is unknown or has a forbidden value.
+        ArgumentError: an option is unknown or has a forbidden value; the object is no Score; the
+            name is that of a plugin that cannot be used.
     """
-    if isinstance(name, str):
-        built = _discover.build(sys.modules[__name__], "score", name, options)
-    elif options:
-        raise ArgumentError(
-            f"score is an object already, so the options {sorted(options)} have nowhere to go. "
-            "Set them where the object is made, or give the score by name."
-        )
-    else:
-        built = name
-    if not isinstance(built, Score) or not isinstance(built.requires, Requires):
-        raise ArgumentError(
-            f"score={name!r} is no Score: it needs __call__(query, bank) and a `requires` of type "
-            "sparke.Requires."
-        )
+    built: Score = SCORES.object(name, options)
     return built
 
 
