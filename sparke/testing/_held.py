@@ -82,7 +82,7 @@ def check(
         _check_hook("on_model()", guider.on_model, model or network(), call, tell, model is None)
         # Hosts that learn the run late hold the network first.
         held = network() if model is None else model
-        before = _Trace(held)
+        before = Trace(held)
         with contextlib.suppress(SparkeError), guider.on_model(held):
             guider.begin(run)
             tell()
@@ -101,7 +101,7 @@ def _check_hook(
     tell: Callable[[], None],
     may_refuse: bool,
 ) -> None:
-    before, plain = _Trace(model), _tensors(forward(model))
+    before, plain = Trace(model), _tensors(forward(model))
     try:
         with hold(model):
             tell()
@@ -166,7 +166,7 @@ def _check_alike(ours: list[Tensor], theirs: list[Tensor], what: str) -> None:
     expect(all(bool(t.isfinite().all()) for t in ours), f"{what} must be finite")
 
 
-class _Trace:
+class Trace:
     """What a network and torch look like now: classes, attributes, hooks, weights, patches."""
 
     def __init__(self, model: nn.Module) -> None:
