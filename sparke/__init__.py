@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sparke import _start as _start  # first: it sees to what fails while torch is loaded
 from sparke import memory as memory
 from sparke import metrics as metrics
 from sparke._callback import callback as callback

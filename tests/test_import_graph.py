@@ -13,11 +13,12 @@ PACKAGE = Path(__file__).parents[1] / "sparke"
 
 # Low to high; a room may import from the layers below its own, never from its own or above.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors"}),
+    frozenset({"errors", "_start"}),
     frozenset({"protocols"}),
-    frozenset({"checks", "_discover"}),
+    frozenset({"checks", "_discover", "_tensor_file"}),
     frozenset({"kernels", "entropy", "ops", "schedules"}),
-    frozenset({"scores", "memory", "models", "metrics", "features"}),
+    frozenset({"scores", "memory", "models", "metrics"}),
+    frozenset({"features"}),
     frozenset({"guidance"}),
     frozenset({"backends", "_guiders"}),
     frozenset({"testing"}),

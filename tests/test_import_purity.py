@@ -23,6 +23,9 @@ NEVER = (
     "scipy",
     "triton",
     "usearch",
+    "matplotlib",
+    "jinja2",
+    "timm",
 )
 PROBE = """
 import importlib, json, sys
@@ -54,6 +57,8 @@ def brought_in(module: str, path: Path) -> set[str]:
         "sparke.backends.modular",
         "sparke.compat",
         "sparke.features",
+        "sparke.features.encoders",
+        "sparke.images",
         "sparke.metrics",
         "sparke.models.emoji",
     ],

@@ -84,12 +84,13 @@ def run(
             name: half(shown, title, sampler)
             for name, title, sampler in zip(HALVES, TITLES, samplers, strict=True)
         }
-    told = {"sampler": f"k_diffusion {sampling.SAMPLER}", "steps": settings.steps}
-    told |= {"cfg": settings.cfg, "seed": seed, "n": n, "prompts": prompts, **options}
-    written = _write(out, _sheet(prompts, halves, told), report(told, prompts, halves), force)
+        told = {"sampler": f"k_diffusion {sampling.SAMPLER}", "steps": settings.steps}
+        told |= {"cfg": settings.cfg, "seed": seed, "n": n, "prompts": prompts, **options}
+        shown.add_task(f"{'writing':<20}", total=None)
+        written = _write(out, _sheet(prompts, halves, told), report(told, prompts, halves), force)
     console.print(_table(halves, len(prompts), n))
     for path in written:
-        console.print(str(path), soft_wrap=True, markup=False, highlight=False)
+        console.print(files.shown(path), soft_wrap=True, markup=False, highlight=False)
 
 
 def _sheet(prompts: Sequence[str], halves: dict[str, Half], told: dict[str, Any]) -> bytes:
@@ -124,11 +125,8 @@ def _write(out: Path, sheet: bytes, figures: dict[str, Any], force: bool) -> lis
         if not force and any(path.exists() or path.is_symlink() for path in paths):
             continue
         try:
-            with files.all_or_none() as made:
-                for path, data in paths.items():
-                    files.create(path, data, replace=force)
-                    if not force:
-                        made.append(path)
+            with files.uninterrupted():
+                files.create_all(paths, replace=force)
         except FileExistsError:
             continue
         return list(paths)

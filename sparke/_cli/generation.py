@@ -54,6 +54,7 @@ def run(
     model = emoji.load()
     prompts = sampling.checked_prompts(model, prompts)
     memory = _memory(memory_file, capacity)
+    loaded = None if memory_file is None else files.stamp(memory_file)
     before = len(memory)
     generator = torch.Generator().manual_seed(seed)
     total = len(prompts) * -(-n // batch) * settings.steps
@@ -67,18 +68,25 @@ def run(
             )
             for prompt in prompts
         }
-    with files.all_or_none() as made:
-        written = {
-            prompt: _write(out, files.stem_of(prompt), drawn, size, made)
-            for prompt, drawn in images.items()
-        }
-        if memory_file is not None:
-            memory.save(memory_file)
+        task = shown.add_task("writing", total=n * len(prompts))
+        with files.uninterrupted() as let_through, files.all_or_none() as made:
+
+            def tick() -> None:
+                shown.advance(task)
+                let_through()
+
+            written = {
+                prompt: _write(out, files.stem_of(prompt), drawn, size, made, tick)
+                for prompt, drawn in images.items()
+            }
+            if memory_file is not None:
+                _save(memory, memory_file, loaded)
     for prompt, paths in written.items():
         last = f" ... {paths[-1].name}" if len(paths) > 1 else ""
-        _say(console, f"{prompt}: {paths[0]}{last}")
-    where = "" if memory_file is None else f" ({memory_file})"
-    _say(console, f"memory: {before} -> {len(memory)} pictures{where}")
+        _say(console, f"{prompt}: {files.shown(paths[0])}{last}")
+    if memory_file is not None:
+        kept = files.shown(memory_file)
+        _say(console, f"memory: {before} -> {len(memory)} pictures ({kept})")
     _say(console, f"seed: {seed}")
 
 
@@ -88,9 +96,26 @@ def _memory(path: Path | None, capacity: int | None) -> RingMemory:
     files.folder(path.parent, make=False)
     if path.is_dir():
         raise MemoryFileError(f"the memory {path} is a folder, a file is needed there.")
+    if path.is_symlink() and not path.exists():
+        raise MemoryFileError(f"the memory {path} is a symbolic link that leads nowhere.")
     if not path.exists():
         return RingMemory(CAPACITY if capacity is None else capacity)
     return RingMemory.load(path, capacity=capacity)
+
+
+def _save(memory: RingMemory, path: Path, loaded: files.Stamp | None) -> None:
+    """Save unless another process has saved there since the file was loaded.
+
+    Raises:
+        OutputError: it has; its pictures would be forgotten.
+        MemoryFileError: the file cannot be written.
+    """
+    if files.stamp(path) != loaded:
+        raise files.OutputError(
+            f"the memory {path} was changed by another process while these pictures were drawn; "
+            "nothing is written. Run the command again."
+        )
+    memory.save(path)
 
 
 def _draw(
@@ -111,12 +136,15 @@ def _draw(
     return torch.cat(parts)
 
 
-def _write(out: Path, stem: str, images: Tensor, size: int, made: list[Path]) -> list[Path]:
+def _write(
+    out: Path, stem: str, images: Tensor, size: int, made: list[Path], tick: Tick
+) -> list[Path]:
     paths = []
     for row in images.split(1):
         (picture,) = to_images(row, size)
         paths.append(files.create_next(out, stem, files.png(picture)))
         made.append(paths[-1])
+        tick()
     return paths
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -133,7 +134,7 @@ def progress() -> Iterator[Progress]:
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),
     )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as shown:
+    # By the stream itself: FORCE_COLOR makes rich take a log file for a terminal.
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    with Progress(*columns, console=console, transient=True, disable=not is_terminal) as shown:
         yield shown

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,7 +18,7 @@ from torch import Tensor
 from sparke import checks
 from sparke.errors import ArgumentError
 
-__all__ = ["Captions", "Source", "captions_of", "files_of", "read"]
+__all__ = ["Captions", "Source", "captions_of", "covering", "files_of", "opened", "read"]
 
 Source: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]"
 Captions: TypeAlias = "str | Sequence[str] | Mapping[str, str] | None"
@@ -56,20 +58,20 @@ def files_of(source: Source) -> list[Path]:
     return found
 
 
-def read(file: Path, height: int, width: int) -> Tensor:
-    """(3, height, width) in [-1, 1]: scaled until it covers the size, and the middle cut out.
+def opened(file: Path) -> Any:
+    """The picture of a file: a PIL image in RGB.
 
     Turned as its EXIF data say; what is transparent becomes white.
 
     Raises:
         MissingHost: Pillow is not installed.
-        ArgumentError: the file is no picture, or damaged.
+        ArgumentError: the file is no picture, damaged, or of more pixels than Pillow takes.
     """
     with checks.host("Pillow", "reads pictures", "diffusers"):
         from PIL import Image, ImageOps
     try:
-        with Image.open(file) as opened:
-            picture: Any = ImageOps.exif_transpose(opened)
+        with Image.open(file) as found:
+            picture: Any = ImageOps.exif_transpose(found)
             clear = "A" in picture.getbands() or "transparency" in picture.info
             picture = picture.convert("RGBA" if clear else "RGB")
     # Pillow's decoders raise what they like: OSError, ValueError, SyntaxError, struct.error.
@@ -81,13 +83,30 @@ def read(file: Path, height: int, width: int) -> Tensor:
     if clear:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture).convert("RGB")
+    return picture
+
+
+def covering(picture: Any, height: int, width: int) -> Any:
+    """(height, width, 3) pixels, 0 to 255: scaled until it covers the size, the middle cut out."""
     factor = max(height / picture.height, width / picture.width)
     across = max(width, math.ceil(picture.width * factor - 1e-6))
     down = max(height, math.ceil(picture.height * factor - 1e-6))
     if (across, down) != picture.size:
+        from PIL import Image
+
         picture = picture.resize((across, down), Image.Resampling.LANCZOS)
     left, top = (across - width) // 2, (down - height) // 2
-    pixels = np.asarray(picture.crop((left, top, left + width, top + height)), dtype=np.float32)
+    return np.asarray(picture.crop((left, top, left + width, top + height)), dtype=np.float32)
+
+
+def read(file: Path, height: int, width: int) -> Tensor:
+    """(3, height, width) in [-1, 1]: scaled until it covers the size, and the middle cut out.
+
+    Raises:
+        MissingHost: Pillow is not installed.
+        ArgumentError: the file is no picture, or damaged.
+    """
+    pixels = covering(opened(file), height, width)
     return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
@@ -123,13 +142,16 @@ def captions_of(files: Sequence[Path], source: Source, captions: Captions) -> li
     beside = {f.name: f.with_suffix(".txt") for f in files if f.with_suffix(".txt").is_file()}
     if not beside:
         return None
-    texts = {name: text.read_text(encoding="utf-8").strip() for name, text in beside.items()}
+    texts = {}
+    for name, text in beside.items():
+        with _readable(text):
+            texts[name] = text.read_text(encoding="utf-8").strip()
     return _each(files, texts, "the .txt files beside the pictures")
 
 
 def _table(table: Path, files: Sequence[Path]) -> dict[str, str]:
     """Captions by file name, from a table with a line of titles or without."""
-    with table.open(encoding="utf-8-sig", newline="") as file:
+    with _readable(table), table.open(encoding="utf-8-sig", newline="") as file:
         lines = [line for line in csv.reader(file) if any(cell.strip() for cell in line)]
     of_file, of_caption = 0, 1
     titles = [cell.strip().lower() for cell in lines[0]] if lines else []
@@ -140,9 +162,21 @@ def _table(table: Path, files: Sequence[Path]) -> dict[str, str]:
     for number, line in enumerate(lines):
         if len(line) <= max(of_file, of_caption):
             raise ArgumentError(
-                f"{table} needs two columns, file and caption; its entry {number + 1} is {line!r}."
+                f"{table} needs two columns, file and caption; its entry {number + 1} is "
+                f"{reprlib.repr(line)}."
             )
     return {Path(line[of_file].strip()).name: line[of_caption].strip() for line in lines}
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise ArgumentError(
+            f"{str(file)!r} cannot be read ({error}). Captions are text in UTF-8; save it as such, "
+            "or give captions=None to do without."
+        ) from error
 
 
 def _each(files: Sequence[Path], captions: Mapping[str, str], where: str) -> list[str]:

@@ -8,15 +8,16 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from sparke import _tensor_file
 from sparke.errors import MemoryFileError
 from sparke.memory import _journal, _layout, _shards
 from sparke.memory._journal import Journal
 from sparke.memory._layout import Arrays, Layout
+from sparke.memory._segments import Segment, Segments
 from sparke.memory._shards import Shard
 
 if TYPE_CHECKING:
@@ -24,34 +25,25 @@ if TYPE_CHECKING:
 
 TAIL = re.compile(r"tail-(\d{16})\.journal")
 LOCK = "lock"
-SHARD_ROWS = 8192
-"""A journal of this many rows is sealed, however small they are: it is read row by row."""
 ATTEMPTS = 8
 """A look at the folder is repeated when a writer seals a shard in the middle of it."""
-
-Segment: TypeAlias = Shard | Journal
 
 
 class MemoryFileWarning(UserWarning):
     """A memory folder held remains of a killed writer, or lacks rows it once had."""
 
 
-class Folder:
-    """The rows of a folder as last looked at: shards in order, then the journal.
-
-    Rows have numbers for good, counted from the first ever committed; places are counted among the
-    rows that are there.
-    """
+class Folder(Segments):
+    """The rows of a folder as last looked at: shards in order, then the journal."""
 
     def __init__(self, path: Path, timeout: float) -> None:
+        super().__init__()
         self.path, self.timeout = path, timeout
         self.layout: Layout | None = None
-        self.shards: list[Shard] = []
-        self.journal: Journal | None = None
         self._gaps: set[tuple[int, int]] = set()
         try:
             path.mkdir(exist_ok=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             raise MemoryFileError(
                 f"cannot make the folder {path}: {error}. Give one that is there, or a new name in "
                 "one that is."
@@ -59,28 +51,26 @@ class Folder:
         self._own(path)
         self._lock = _file_lock(path / LOCK)
 
-    def __len__(self) -> int:
-        return sum(segment.rows for segment in self.segments)
-
-    @property
-    def segments(self) -> list[Segment]:
-        """Everything that holds rows, oldest first."""
-        return [*self.shards, *([] if self.journal is None else [self.journal])]
-
     @contextlib.contextmanager
     def locked(self, timeout: float | None = None) -> Iterator[None]:
         """Hold the folder's lock; it is freed by the system when its holder is killed."""
         from filelock import Timeout
 
+        lock = self.path / LOCK
         try:
+            # Opening a lock empties the file: not one that a symbolic link of others leads to.
+            if os.path.lexists(lock):
+                _tensor_file.regular(lock, link=False)
             self._lock.acquire(self.timeout if timeout is None else timeout)
         except Timeout as error:
             raise MemoryFileError(
-                f"another process has held {self.path / LOCK} for {self.timeout:g} s. Wait for it, "
+                f"another process has held {lock} for {self.timeout:g} s. Wait for it, "
                 "or give a longer timeout="
             ) from error
-        except OSError as error:
-            raise MemoryFileError(f"cannot lock {self.path / LOCK}: {error}") from error
+        except (OSError, ValueError) as error:
+            raise MemoryFileError(
+                f"cannot lock {lock}: {error}. Delete it if nobody writes here now."
+            ) from error
         try:
             yield
         finally:
@@ -102,7 +92,10 @@ class Folder:
         for name in self._names():
             path = self.path / name
             if name.endswith(_shards.PARTIAL):
-                path.unlink(missing_ok=True)
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    raise MemoryFileError(f"cannot remove {path}: {error}") from error
                 _warn(f"{path} was left half-written by a killed writer, and was removed.")
             elif (match := TAIL.fullmatch(name)) and int(match[1]) < self._stop(self.shards):
                 with contextlib.suppress(OSError):  # open elsewhere; the next writer tries again
@@ -110,7 +103,10 @@ class Folder:
         journal = self.journal
         if journal is not None and journal.torn:
             torn = journal.torn
-            os.truncate(journal.path, journal.end)
+            try:
+                os.truncate(journal.path, journal.end)
+            except OSError as error:
+                raise MemoryFileError(f"cannot mend {journal.path}: {error}") from error
             _warn(
                 f"{journal.path} ended in {torn} bytes of a batch half-written by a killed writer; "
                 "they were cut off."
@@ -133,7 +129,10 @@ class Folder:
         tail = 0 if journal is None else journal.rows
         first = self._stop(self.segments)
         rows = len(arrays["x"])
-        if tail + rows < SHARD_ROWS and (tail + rows) * layout.record.itemsize < shard_bytes:
+        if (
+            tail + rows < _journal.MOST_ROWS
+            and (tail + rows) * layout.record.itemsize < shard_bytes
+        ):
             path = self.path / f"tail-{first - tail:016d}.journal"
             end = 0 if journal is None else journal.end
             _journal.append(path, _journal.pack(layout, arrays, first), end)
@@ -146,65 +145,6 @@ class Folder:
                 with contextlib.suppress(OSError):  # superseded by the shard in any case
                     journal.path.unlink()
         self.refresh()
-
-    def gather(
-        self, places: NDArray[np.int64], most: int, only: str | None = None
-    ) -> Iterator[tuple[slice, Arrays, bool]]:
-        """The rows at ascending places, at most `most` at a time, until the next are asked for.
-
-        With where they go, and whether they are sealed for good. `only` names the one column read.
-        """
-        buffers: Arrays = {}  # one for all parts: blocks of changing sizes would litter the heap
-        start = 0
-        for segment in self.segments:
-            low, high = np.searchsorted(places, [start, start + segment.rows]).tolist()
-            for at in range(low, high, most):
-                part = slice(at, min(at + most, high))
-                local = places[part] - start
-                rows = {}
-                for name, view in segment.arrays(local, only).items():
-                    if name not in buffers:
-                        buffers[name] = np.empty((most, view.shape[1]), view.dtype)
-                    rows[name] = buffers[name][: len(local)]
-                    if view.flags.c_contiguous:
-                        np.take(view, local, 0, rows[name], "clip")  # "raise" would buffer it all
-                    else:
-                        rows[name][...] = view[local]
-                yield part, rows, isinstance(segment, Shard)
-            start += segment.rows
-
-    def column(self, name: str, rows: int) -> Iterator[NDArray[Any]]:
-        """Copies of one column, oldest first, at most `rows` rows at a time."""
-        for segment in self.segments:
-            for low in range(0, segment.rows, rows):
-                # Mapped anew for each part: pages read are given back with the mapping.
-                yield np.array(segment.arrays()[name][low : low + rows])
-
-    def numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The numbers of the rows at these places."""
-        segments = self.segments
-        ends = np.cumsum([segment.rows for segment in segments])
-        shift = np.array([s.first - (end - s.rows) for s, end in zip(segments, ends, strict=True)])
-        numbers: NDArray[np.int64] = places + shift[np.searchsorted(ends, places, side="right")]
-        return numbers
-
-    def places(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The places of the rows of these numbers, ascending; of those that are still there."""
-        found = [np.empty(0, np.int64)]
-        start = 0
-        for segment in self.segments:
-            here = numbers[(numbers >= segment.first) & (numbers < segment.first + segment.rows)]
-            found.append(here - segment.first + start)
-            start += segment.rows
-        return np.sort(np.concatenate(found))
-
-    def name_of(self, place: int) -> Path:
-        """The file of the row at a place."""
-        for segment in self.segments:
-            if place < segment.rows:
-                return segment.path
-            place -= segment.rows
-        raise IndexError(place)
 
     def _look(self, *, last: bool) -> bool:
         """One look; False if a writer was seen at work in the middle of it."""

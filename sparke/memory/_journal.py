@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparke import _tensor_file
 from sparke.errors import MemoryFileError
 from sparke.memory._layout import Arrays, Layout
 from sparke.memory._shards import flush_folder
 
 MAGIC = b"SPK1"
+MOST_ROWS = 8192
+"""A journal of this many rows is sealed, however small they are: it is read row by row."""
 CHECKED_FROM = 8
 """Bytes of a record before what its checksum covers: the magic and the checksum itself."""
 
@@ -81,12 +84,21 @@ class Journal:
 
     Raises:
         FileNotFoundError: it is not there.
+        MemoryFileError: it is no file. It is written to, so a symbolic link, which may lead out of
+            a folder that came from others, is none either.
     """
 
     def __init__(self, path: Path, first: int, layout: Layout) -> None:
         self.path, self.first, self.layout = path, first, layout
         self.rows = 0
         self._crc: bytes = b""
+        try:
+            _tensor_file.regular(path, link=False)
+        except ValueError as error:
+            raise MemoryFileError(
+                f"{path} cannot be used: {error}. Put the file itself there, or delete it to go on "
+                "without its rows."
+            ) from error
         self._file = path.open("rb")
         self.close = weakref.finalize(self, self._file.close)
 
@@ -109,6 +121,12 @@ class Journal:
         size = self.layout.record.itemsize
         if self.rows and self._at(self.end - size, CHECKED_FROM) != self._crc:
             self.rows = 0  # what was seen had not reached the disk, and was taken back
+        if self.end + self.torn > MOST_ROWS * size:
+            raise MemoryFileError(
+                f"{self.path} has {self.end + self.torn} bytes and a journal of such rows at most "
+                f"{MOST_ROWS * size}: it is damaged. Restore it from a copy, or delete it to go on "
+                "without its rows."
+            )
         data = self._at(self.end, max(self.torn, 0))
         found = parse(self.layout, data, self.first + self.rows)
         if found is None:
@@ -142,6 +160,8 @@ def append(path: Path, data: bytes, end: int) -> None:
     """
     try:
         new = not path.exists()
+        if not new:
+            _tensor_file.regular(path, link=False)
         # Unbuffered: what a failing write leaves behind must not come back when the file closes.
         with path.open("x+b" if new else "r+b", buffering=0) as file:
             file.truncate(end)
@@ -157,5 +177,5 @@ def append(path: Path, data: bytes, end: int) -> None:
                 with contextlib.suppress(OSError):
                     file.truncate(end)
                 raise
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise MemoryFileError(f"cannot append to {path}: {error}") from error

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sparke import _tensor_file
 from sparke.errors import MemoryFileError
 from sparke.memory import _rules
 
@@ -108,6 +109,7 @@ def read(path: Path) -> Layout:
         FileNotFoundError: it is not there.
     """
     try:
+        _tensor_file.regular(path)
         with path.open("rb") as file:
             text = file.read(4097)
         told = json.loads(text)

@@ -13,9 +13,10 @@ spends the other half. The estimate sees many rows of small weight, which is wha
 another metric than the index's would leave behind; a few heavy rows that the graph missed it may
 not see, and the recall of the index is the only word on those.
 
-The index lies in the folder as ``prompts.lookup``, a safetensors file with a checksum. It can
-always be made again from the rows: a file that is damaged or of another folder is reported and
-replaced.
+The index lies in the folder as ``prompts.lookup``, a safetensors file with a checksum. What usearch
+wrote into it is checked in full before usearch reads it again (``sparke/memory/_graph.py``). It can
+always be made again from the rows: a file that is damaged, hostile or of another folder is reported
+and replaced.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparke import checks
+from sparke import _tensor_file, checks
 from sparke.errors import MemoryFileError
 from sparke.kernels import SAMPLED_ROWS
-from sparke.memory import _gate, _shards
+from sparke.memory import _gate, _graph, _shards
 from sparke.memory._folder import Folder, MemoryFileWarning
 from sparke.memory._layout import Layout
 from sparke.protocols import Weigh
@@ -69,6 +70,7 @@ class PromptLookup:
         self._covered = 0
         """The index holds rows of lower numbers than this, by their numbers."""
         self._saved = 0
+        self._told = False
 
     def weigh(
         self, query: Tensor, layout: Layout, weigh: Weigh | None, tolerance: float
@@ -84,7 +86,9 @@ class PromptLookup:
         keys = np.unique(np.asarray(found.keys, dtype=np.int64))
         newest = np.arange(max(0, rows - SAMPLED_ROWS), rows)
         places = np.union1d(self._folder.places(keys), newest)
-        others = np.setdiff1d(np.arange(rows), places, assume_unique=True)
+        named = np.zeros(rows, bool)
+        named[places] = True
+        others = np.flatnonzero(~named)
         weight = self._weights(query, layout, weigh, places)
         total = torch.stack([w.exp().sum(dtype=torch.float64) for w in weight])
         rest = torch.zeros_like(total)
@@ -112,8 +116,7 @@ class PromptLookup:
         if self._index is None:
             self._index, self._covered = self._load(layout)
             self._saved = len(self._index)
-        rows = len(self._folder)
-        new = np.arange(rows)[self._folder.numbers(np.arange(rows)) >= self._covered]
+        new = self._uncovered()
         if not len(new):
             return
         most = _gate.chunk_rows(layout.widths.cond or 1)
@@ -127,6 +130,16 @@ class PromptLookup:
         if len(self._index) > (1 + SAVE_SHARE) * self._saved:
             self._save()
 
+    def _uncovered(self) -> NDArray[np.int64]:
+        """Places of the rows that the index does not hold: numbers ascend, so they are the last."""
+        place = rows = len(self._folder)
+        for segment in reversed(self._folder.segments):
+            new = min(segment.rows, segment.first + segment.rows - self._covered)
+            if new <= 0:
+                break
+            place -= new
+        return np.arange(place, rows)
+
     def _load(self, layout: Layout) -> tuple[Any, int]:
         from usearch.index import Index
 
@@ -135,12 +148,17 @@ class PromptLookup:
         if path.is_file():
             try:
                 data, covered = _read(path)
+                fresh = Index(ndim=width or 1, metric="cos", dtype="i8")
+                keys = _graph.check(data, width or 1, fresh.connectivity)
+                last = self._folder.segments[-1]
+                if covered > last.first + last.rows or int(keys.max()) >= covered:
+                    raise ValueError("it is of another folder, or of rows that are gone")
                 index = Index.restore(data)
                 if index is not None and index.ndim == width:
                     return index, covered
                 reason = "it is of another folder"
             except (MemoryFileError, SafetensorError, OSError, ValueError, RuntimeError) as error:
-                reason = str(error)
+                reason = str(error).rstrip(".")
             warnings.warn(
                 f"{path} cannot be used and is made again: {reason}.",
                 MemoryFileWarning,
@@ -149,6 +167,23 @@ class PromptLookup:
         return Index(ndim=width or 1, metric="cos", dtype="i8", expansion_add=EFFORT), 0
 
     def _save(self) -> None:
+        """Write the index, if nobody else writes to the folder just now."""
+        from filelock import Timeout
+
+        try:
+            with self._folder.locked(timeout=0):
+                self._write()
+        except MemoryFileError as error:
+            # Another process is writing, or this one may not: the index is none the worse for it.
+            if not isinstance(error.__cause__, Timeout) and not self._told:
+                self._told = True
+                warnings.warn(
+                    f"the index of {self._folder.path} is not kept for the next time: {error}.",
+                    MemoryFileWarning,
+                    stacklevel=6,
+                )
+
+    def _write(self) -> None:
         data = bytes(self._index.save(None))
         meta = {
             "format": "sparke-memory",
@@ -173,12 +208,19 @@ def _read(path: Path) -> tuple[bytes, int]:
     Raises:
         MemoryFileError: the file holds something else, or not what was written.
     """
-    with safe_open(path, framework="np") as file:
-        told = file.metadata() or {}
-        data = file.get_tensor("index").tobytes() if "index" in set(file.keys()) else b""
+    header = _tensor_file.read(path)
+    told = header.meta
     covered = told.get("covered", "")
-    if told.get("kind") != "lookup" or not covered.isdecimal() or len(covered) > 18:
+    shapes = {name: (stored.dtype, len(stored.shape)) for name, stored in header.tensors.items()}
+    if (
+        told.get("kind") != "lookup"
+        or not covered.isdecimal()
+        or len(covered) > 18
+        or shapes != {"index": ("U8", 1)}
+    ):
         raise MemoryFileError(f"{path} is no index of prompts")
+    with safe_open(path, framework="np") as file:
+        data = file.get_tensor("index").tobytes()
     if told.get("crc32") != str(zlib.crc32(data)):
         raise MemoryFileError(f"{path} is damaged: its checksum does not match")
     return data, int(covered)

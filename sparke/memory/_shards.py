@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import mmap
 import os
 import re
@@ -13,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from sparke import _tensor_file
 from sparke.errors import MemoryFileError
 from sparke.memory._layout import NUMPY, SAFETENSORS, Arrays, Layout
 
@@ -97,13 +97,11 @@ def open_shard(path: Path, layout: Layout) -> Shard:
         for key, dtype in layout.dtypes.items()
     }
     try:
-        with safe_open(path, framework="pt") as file:  # checks offsets against the file's size
-            told = file.metadata() or {}
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            found = {k: (s.get_dtype(), tuple(s.get_shape())) for k, s in slices.items()}
-        offsets = _offsets(path)
-    except (SafetensorError, OSError, ValueError) as error:
+        header = _tensor_file.read(path)  # checks offsets against the file's size
+    except (OSError, ValueError) as error:
         raise MemoryFileError(f"{path} cannot be read or is damaged: {error}. {CURE}") from error
+    told = header.meta
+    found = {key: (stored.dtype, stored.shape) for key, stored in header.tensors.items()}
     if told.get("format") != "sparke-memory" or told.get("kind") != "shard":
         raise MemoryFileError(
             f"{path} is safetensors but no shard of a sparke memory. Move it out of the folder."
@@ -113,19 +111,8 @@ def open_shard(path: Path, layout: Layout) -> Shard:
             f"{path} does not belong here: it holds {found} from row {told.get('first')}, expected "
             f"{expected} from row {first}. {CURE}"
         )
+    offsets = {key: stored.start for key, stored in header.tensors.items()}
     return Shard(path, first, stop - first, layout, offsets)
-
-
-def _offsets(path: Path) -> dict[str, int]:
-    """Where each tensor starts in a safetensors file whose header was found good."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    return {
-        key: 8 + size + int(value["data_offsets"][0])
-        for key, value in header.items()
-        if key != "__metadata__"
-    }
 
 
 def write(folder: Path, layout: Layout, arrays: Arrays, first: int) -> None:
@@ -150,6 +137,8 @@ def replacing(target: Path) -> Iterator[Path]:
     """
     partial = target.with_name(f".{target.name}{PARTIAL}")
     try:
+        # Never written through: a folder may come from others, with a symbolic link in this place.
+        partial.unlink(missing_ok=True)
         yield partial
         with partial.open("r+b") as file:
             os.fsync(file.fileno())

@@ -8,29 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sparke import checks
 from sparke.errors import ArgumentError, MemoryFileError
 from sparke.kernels import SAMPLED_ROWS
 from sparke.memory import _gate, _layout, _rules
-from sparke.memory._cache import RowCache
 from sparke.memory._folder import Folder
-from sparke.memory._layout import Arrays, Layout
+from sparke.memory._layout import Layout
 from sparke.memory._lookup import PromptLookup
+from sparke.memory._reading import RowReader
 from sparke.protocols import Features, Selection, Weigh
 
 __all__ = ["DiskMemory"]
 
-CACHE_BYTES = 1 << 30
 SELECT_BYTES = 1 << 30
 SHARD_BYTES = 64 << 20
-READ_BYTES = 32 << 20
-"""Rows are read in parts of at most this many bytes in float32."""
-
-ROWS_AT_ONCE = 32
-"""Rows that do not lie together are converted to float32 so many at a time."""
 
 
 class DiskMemory:
@@ -113,8 +106,8 @@ class DiskMemory:
         self.left_out: Tensor | None = None
         """(b,) summed weight of the rows the last selection by prompt left out: the pull of an
         order-2 score is off by at most twice this times the diameter of the bank."""
-        self._cache: RowCache | None = None
         self._folder = Folder(Path(path), checks.positive("timeout", timeout, zero=True))
+        self._reader = RowReader(self._folder, cache_bytes)
         if lookup_from is not None:
             checks.positive("lookup_from", lookup_from)
         self.lookup_from = lookup_from
@@ -215,7 +208,7 @@ class DiskMemory:
         if cond is None:
             self.left_out = None
             places = np.arange(max(0, rows - most), rows)
-            x, rows_cond = self._read(layout, places, device)
+            x, rows_cond = self._reader.read(layout, places, device)
             return Selection(x, rows_cond)
         query = _rules.asked(cond, layout.widths.cond)
         found = None
@@ -230,7 +223,7 @@ class DiskMemory:
         self.left_out = _gate.left_out(weight, index) + rest
         if index is not None:
             weight, places = weight[:, index], places[index.cpu().numpy()]
-        x, rows_cond = self._read(layout, places, device)
+        x, rows_cond = self._reader.read(layout, places, device)
         return Selection(x, rows_cond, weight)
 
     def rows(self, start: int = 0, stop: int | None = None) -> Features:
@@ -240,7 +233,7 @@ class DiskMemory:
         if layout is None:
             return Features(torch.zeros(0, 0))
         places = np.arange(*slice(start, stop).indices(total)[:2])
-        return Features(*self._read(layout, places, self.device or torch.device("cpu")))
+        return Features(*self._reader.read(layout, places, self.device or torch.device("cpu")))
 
     def _recover(self) -> None:
         """Report at opening what a killed writer left, unless one is at work."""
@@ -256,60 +249,3 @@ class DiskMemory:
         rows = _gate.chunk_rows(layout.widths.cond or 1)
         for chunk in self._folder.column("cond", rows):
             yield layout.tensor("cond", chunk)
-
-    def _read(
-        self, layout: Layout, places: NDArray[np.int64], device: torch.device
-    ) -> tuple[Tensor, Tensor | None]:
-        """Rows and prompts at ascending places, on the device, in float32."""
-        x = torch.empty(len(places), layout.widths.x, device=device)
-        width = layout.widths.cond
-        cond = None if width is None else torch.empty(len(places), width, device=device)
-        cache = self._cache_on(device)
-        numbers: list[int] = self._folder.numbers(places).tolist()
-        hits, slots, misses = cache.split(numbers)
-        if hits:
-            self._put(hits, cache.read(slots), x, cond)
-        most = max(1, min(len(misses), READ_BYTES // (4 * layout.widths.x)))
-        for part, arrays, sealed in self._folder.gather(places[misses], most):
-            where = misses[part]
-            stored = self._stored(layout, arrays, places[where], device)
-            self._put(where, stored, x, cond)
-            if sealed:  # a journal's rows may yet be taken back, if the disk refuses them
-                used = len(hits) + part.start
-                cache.put([numbers[i] for i in where], stored, in_use=used)
-        return x, cond
-
-    def _stored(
-        self, layout: Layout, arrays: Arrays, places: NDArray[np.int64], device: torch.device
-    ) -> dict[str, Tensor]:
-        stored = {name: layout.tensor(name, a).to(device) for name, a in arrays.items()}
-        for name, tensor in stored.items():
-            if tensor.is_floating_point() and not _rules.all_finite(tensor):
-                raise MemoryFileError(
-                    f"{self._folder.name_of(int(places[0]))} is damaged: {name!r} holds NaN or "
-                    "infinity. Restore it from a copy, or delete it to go on without its rows."
-                )
-        return stored
-
-    @staticmethod
-    def _put(at: list[int], stored: dict[str, Tensor], x: Tensor, cond: Tensor | None) -> None:
-        """Write rows to ascending places of the selection."""
-        run = at[-1] - at[0] + 1 == len(at)
-        step = len(at) if run else ROWS_AT_ONCE
-        for low in range(0, len(at), step):
-            rows = {name: part[low : low + step].to(x.device) for name, part in stored.items()}
-            part = at[low : low + step]
-            where = slice(part[0], part[-1] + 1) if run else torch.tensor(part, device=x.device)
-            x[where] = rows["x"] if run else rows["x"].float()
-            if cond is not None:
-                cond[where] = rows["cond"].float()
-            if "scale" in rows:
-                x[where] *= rows["scale"]
-
-    def _cache_on(self, device: torch.device) -> RowCache:
-        if self._cache is None:
-            budget = self.cache_bytes
-            if budget is None:
-                budget = 0 if device.type == "cpu" else CACHE_BYTES
-            self._cache = RowCache(budget)
-        return self._cache

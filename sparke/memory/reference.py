@@ -70,7 +70,7 @@ class ReferenceMemory:
         given = rows_given("reference", reference, prompt_embeds, features)
         self.dtype = _rules.check_dtype("dtype", dtype, _rules.DTYPES)
         self.tolerance = _gate.check_tolerance(tolerance)
-        self.history = _history(history)
+        self.history = None if history is None else checks.memory("history", history)
         x, cond = _rules.admit(given, None, dtype)
         with torch.inference_mode(False):
             self._x = x.to(device, dtype, copy=True)
@@ -105,7 +105,7 @@ class ReferenceMemory:
             ArgumentError: `history` is no Memory.
         """
         made = copy.copy(self)
-        made.history = _history(history)
+        made.history = None if history is None else checks.memory("history", history)
         return made
 
     def commit(self, items: Features) -> None:
@@ -256,15 +256,6 @@ def _features(
             f"{[tuple(r.shape) for r in rows]}."
         )
     return Features(torch.cat(rows) if rows else reference.flatten(1), prompt_embeds)
-
-
-def _history(history: Memory | None) -> Memory | None:
-    if history is not None and (isinstance(history, type) or not isinstance(history, Memory)):
-        raise ArgumentError(
-            f"history={history!r} is no Memory: it needs __len__, commit(items) and select(cond). "
-            "Give one such as RingMemory(), or leave it out."
-        )
-    return history
 
 
 def _chunks(cond: Tensor) -> Iterator[Tensor]:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sparke.errors import ArgumentError, MemoryFileError
+from sparke import checks
+from sparke.errors import MemoryFileError
 from sparke.memory import _file, _gate, _rules
 from sparke.protocols import Features, Selection, Weigh
 
@@ -50,9 +51,7 @@ class RingMemory:
         *,
         tolerance: float = _gate.TOLERANCE,
     ) -> None:
-        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
-            raise ArgumentError(f"capacity must be a whole number above 0, got {capacity!r}.")
-        self.capacity = capacity
+        self.capacity = checks.whole("capacity", capacity)
         self.dtype = _rules.check_dtype("dtype", dtype, _rules.DTYPES)
         self.tolerance = _gate.check_tolerance(tolerance)
         self.device = None if device is None else torch.device(device)
@@ -132,8 +131,11 @@ class RingMemory:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all rows to a safetensors file, atomically.
 
+        An older memory file is replaced, where a symbolic link leads to one as well; any other
+        file is not.
+
         Raises:
-            MemoryFileError: the file cannot be written; an older one is left as it was.
+            MemoryFileError: the file cannot be written, or is no memory; what was there still is.
         """
         tensors = {}
         if self._x is not None:

@@ -191,9 +191,9 @@ def test_rows_cached_are_the_rows_on_disk(budget: int, tmp_path: Path) -> None:
             assert ours.cond is not None
             assert theirs.cond is not None
             assert torch.equal(ours.cond, theirs.cond)
-    assert memory._cache is not None
-    assert memory._cache.nbytes <= budget
-    assert (len(memory._cache) > 0) == (budget > 48)
+    assert memory._reader._cache is not None
+    assert memory._reader._cache.nbytes <= budget
+    assert (len(memory._reader._cache) > 0) == (budget > 48)
 
 
 def test_a_cached_row_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +352,7 @@ def test_rows_seen_can_be_read_after_another_sealed_them(tmp_path: Path) -> None
     assert layout is not None
     other.commit(items(1, 3))
     assert names(tmp_path)[1:] == ["rows-0000000000000000-0000000000000004.safetensors"]
-    x, _ = one._read(layout, np.arange(3), torch.device("cpu"))
+    x, _ = one._reader.read(layout, np.arange(3), torch.device("cpu"))
     assert x[:, 0].tolist() == [0, 1, 2]
 
 

@@ -2,6 +2,7 @@
 
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -221,3 +222,43 @@ def test_the_same_rows_give_the_same_selection(tmp_path: Path) -> None:
 def test_a_size_is_a_size(tmp_path: Path, value: Any) -> None:
     with pytest.raises(ArgumentError, match="lookup_from"):
         DiskMemory(tmp_path / "m", lookup_from=value)
+
+
+@pytest.mark.parametrize(
+    "segments", [[], [(0, 5)], [(0, 5), (5, 3)], [(2, 5), (9, 3), (20, 1)], [(4, 1), (5, 9)]]
+)
+def test_rows_new_to_the_index_are_found_from_the_end(segments: list[tuple[int, int]]) -> None:
+    lookup = object.__new__(_lookup.PromptLookup)
+    lookup._folder = FakeFolder([SimpleNamespace(first=f, rows=r) for f, r in segments])  # type: ignore[assignment]
+    numbers = np.array([n for first, rows in segments for n in range(first, first + rows)])
+    for covered in range(25):
+        lookup._covered = covered
+        expected = [place for place, number in enumerate(numbers) if number >= covered]
+        assert lookup._uncovered().tolist() == expected
+
+
+class FakeFolder:
+    def __init__(self, segments: list[SimpleNamespace]) -> None:
+        self.segments = segments
+
+    def __len__(self) -> int:
+        return sum(segment.rows for segment in self.segments)
+
+
+def test_a_selection_numbers_no_more_rows_than_it_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[bool]
+) -> None:
+    cond = prompts()
+    memory = filled(tmp_path / "m", cond, lookup_from=1000, tolerance=0.02)
+    memory.select(cond[:1])
+    counted: list[int] = []
+    numbers = _folder.Folder.numbers
+
+    def noted(self: Any, places: Any) -> Any:
+        counted.append(len(places))
+        return numbers(self, places)
+
+    monkeypatch.setattr(_folder.Folder, "numbers", noted)
+    found = memory.select(cond[:1])
+    assert asked == [True, True]
+    assert max(counted) == len(found) < len(memory)

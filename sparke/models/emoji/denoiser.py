@@ -153,3 +153,32 @@ class Denoiser(nn.Module):
             h = block(h, code)
         raw: Tensor = self.leave(self.norm(h))
         return raw
+
+
+def shapes(words: int, styles: int, tones: int, arch: Arch) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all parameters, of a ``PromptEncoder`` and of a ``Denoiser``.
+
+    Known without making them: a header that asks for terabytes is refused before they are.
+    """
+    linear = {
+        "of_sigma.0": (arch.cond, _SIGMA_FEATURES),
+        "of_sigma.2": (arch.cond, arch.cond),
+        "of_prompt.0": (arch.cond, arch.embed),
+        "of_prompt.2": (arch.cond, arch.cond),
+        "enter": (arch.width, arch.latent),
+        "leave": (arch.latent, arch.width),
+    }
+    for i in range(arch.blocks):
+        linear[f"blocks.{i}.modulate"] = (2 * arch.width, arch.cond)
+        linear[f"blocks.{i}.expand"] = (arch.hidden, arch.width)
+        linear[f"blocks.{i}.contract"] = (arch.width, arch.hidden)
+    found: dict[str, tuple[int, ...]] = {
+        "prompt.words.weight": (words + 1, arch.word),
+        "prompt.styles.weight": (styles + 1, arch.attribute),
+        "prompt.tones.weight": (tones + 1, arch.attribute),
+        "denoiser.norm.weight": (arch.width,),
+        "denoiser.norm.bias": (arch.width,),
+    }
+    for name, shape in linear.items():
+        found[f"denoiser.{name}.weight"], found[f"denoiser.{name}.bias"] = shape, shape[:1]
+    return found

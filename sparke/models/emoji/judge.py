@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparke.errors import ArgumentError, ShapeError
-from sparke.models.emoji._file import read
+from sparke.models.emoji import _file
 from sparke.models.emoji.classifier import Classifier
 
 __all__ = ["Judge", "References", "Verdict", "load_judge"]
@@ -183,15 +184,42 @@ def load_judge(
     Args:
         device: Where to put it.
         weights: Path of another judge written by ``training/emoji/train_judge.py``.
+
+    Raises:
+        ArgumentError: ``weights`` cannot be read, is damaged, or no judge.
     """
-    about, tensors = read("judge.safetensors", weights)
+    about, tensors = _file.read("judge.safetensors", weights, shapes=_shapes)
     images = tensors.pop("reference.images").float() / 127.5 - 1
     labels = tensors.pop("reference.labels").long()
     judge = Judge(about["prompts"], about["styles"], about["tones"], images, labels)
-    # Counters that only training reads are kept out of the file.
-    counters = {key for key in judge.state_dict() if key.endswith("num_batches_tracked")}
-    learned = {key: tensor.float() for key, tensor in tensors.items()}
-    missing, unexpected = judge.load_state_dict(learned, strict=False)
-    if unexpected or set(missing) - counters:
-        raise ArgumentError(f"weights must fit the judge; missing {missing}, extra {unexpected}")
+    for row, names in zip(labels, (judge.prompts, judge.styles, judge.tones), strict=True):
+        if int(row.min()) < 0 or int(row.max()) >= len(names):
+            raise ArgumentError(
+                f"weights={str(weights)!r} cannot be used: a label is {int(row.max())}, and there "
+                f"are {len(names)} names. Restore the file from a copy."
+            )
+    # Every shape was compared; only counters that training alone reads are not in the file.
+    judge.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, strict=False)
     return judge.to(device).eval().requires_grad_(False)
+
+
+def _shapes(about: dict[str, Any], there: _file.Found) -> _file.Found:
+    """The tensors of a file whose header says this."""
+    prompts = _file.texts(about, "prompts")
+    for key in ("styles", "tones"):
+        _file.texts(about, key)
+    # The header does not tell how many references there are.
+    references = max(1, (there.get("reference.labels") or (0,))[-1])
+    # One name, then as many as there are: a header may tell of more than there is memory for.
+    learned = {key: tuple(tensor.shape) for key, tensor in Classifier(1).state_dict().items()}
+    learned["name.weight"] = (len(prompts), *learned["name.weight"][1:])
+    learned["name.bias"] = (len(prompts),)
+    found: _file.Found = {
+        "reference.images": (references, 3, 16, 16),
+        "reference.labels": (3, references),
+    }
+    return found | {
+        f"classifier.{key}": shape
+        for key, shape in learned.items()
+        if not key.endswith("num_batches_tracked")
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from os import PathLike
 from typing import Any
 
@@ -11,13 +12,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sparke.errors import ArgumentError, ShapeError
-from sparke.models.emoji._file import read
-from sparke.models.emoji.denoiser import Arch, Denoiser, PromptEncoder
+from sparke.models.emoji import _file
+from sparke.models.emoji.denoiser import Arch, Denoiser, PromptEncoder, shapes
 from sparke.models.emoji.prompts import Vocabulary
 
 __all__ = ["EmojiModel", "load"]
 
 _SIDE = 32
+_MOST_BLOCKS = 256
 
 
 class EmojiModel(nn.Module):
@@ -224,14 +226,37 @@ def load(
 
     Returns:
         The model.
+
+    Raises:
+        ArgumentError: ``weights`` cannot be read, is damaged, or not of this model.
     """
-    about, tensors = read("weights.safetensors", weights)
+    about, tensors = _file.read("weights.safetensors", weights, shapes=_shapes)
     mean = tensors.pop("latent.mean").float()
     std = tensors.pop("latent.std").float()
     basis = tensors.pop("latent.components").float() * tensors.pop("latent.scale").float()
     model = EmojiModel(about, mean, std, basis)
-    learned = {key: tensor.float() for key, tensor in tensors.items()}
-    missing, unexpected = model.load_state_dict(learned, strict=False)
-    if unexpected or set(missing) != {"latent_mean", "latent_std", "basis"}:
-        raise ArgumentError(f"weights must fit the model; missing {missing}, extra {unexpected}")
+    # Every shape was compared; the three buffers are there already.
+    model.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, strict=False)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def _shapes(about: dict[str, Any], _: _file.Found) -> _file.Found:
+    """The tensors of a file whose header says this; nothing of their size is allocated."""
+    told = about.get("arch")
+    if not isinstance(told, dict) or set(told) != {field.name for field in fields(Arch)}:
+        raise ValueError("its header does not tell the sizes of the network")
+    arch = Arch(**{key: _file.size(told, key) for key in told})
+    if arch.blocks > _MOST_BLOCKS:
+        raise ValueError(f"its header has blocks={arch.blocks}, expected at most {_MOST_BLOCKS}")
+    for key in ("prompts", "toned"):
+        _file.texts(about, key)
+    if _file.level(about, "sigma_min") >= _file.level(about, "sigma_max"):
+        raise ValueError("its header has a sigma_min that is not below sigma_max")
+    words, styles, tones = (_file.texts(about, key) for key in ("vocabulary", "styles", "tones"))
+    pixels = 3 * _SIDE**2
+    return shapes(len(words), len(styles), len(tones), arch) | {
+        "latent.mean": (pixels,),
+        "latent.std": (arch.latent,),
+        "latent.scale": (arch.latent,),
+        "latent.components": (pixels, arch.latent),
+    }

@@ -37,8 +37,8 @@ class UnknownWords(SparkeError, ValueError):
             parts.append(f"and {len(words) - _SHOWN} more")
         super().__init__(
             f"prompt {prompt!r}: unknown {'word' if len(parts) == 1 else 'words'} "
-            f"{', '.join(parts)}. The emoji model knows {len(known)} words, its concepts are in "
-            f"model.prompts."
+            f"{', '.join(parts)}. The emoji model knows {len(known)} words. `sparke prompts` lists "
+            "them and its prompts, in Python model.prompts."
         )
         self.prompt, self.words = prompt, tuple(words)
 
