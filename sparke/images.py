@@ -1,9 +1,11 @@
-"""Pictures in files as rows of features: references and exemplars for guiders."""
+"""Pictures in files as rows of features: for guiders, and for metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +13,13 @@ from torch import Tensor
 
 from sparke.backends import _images, _pictures
 from sparke.errors import ArgumentError, ShapeError
+from sparke.features.encoders import ImageEncoder, image_encoder
 from sparke.protocols import Features
 
-__all__ = ["reference_images"]
+__all__ = ["image_features", "reference_images"]
+
+READERS = 4
+"""Threads that decode pictures."""
 
 
 def reference_images(
@@ -72,6 +78,9 @@ def reference_images(
 
     Example:
         ```python
+        import sparke.images
+        from sparke.guidance import Novelty
+
         seen = sparke.images.reference_images("pictures", pipe)
         pipe = sparke.wrap(pipe, guider=Novelty(seen))
         ```
@@ -102,6 +111,79 @@ def reference_images(
             cond = _images.caption_rows(pipeline, told, prompt_encoder, encode_options)
     _freed(pipeline)
     return Features(torch.cat(rows), cond)
+
+
+def image_features(
+    source: _pictures.Source,
+    encoder: str | ImageEncoder | Callable[[Tensor], Tensor],
+    *,
+    image_size: int | None = None,
+    batch_size: int = 32,
+    download: bool = False,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Pictures in files as rows for the measures of `sparke.metrics`, by any encoder.
+
+    Pictures are turned as their EXIF data say and laid on white where they are transparent, then
+    prepared as the encoder wants them. One batch of pictures is in memory at a time.
+
+    Args:
+        source: a folder, of which the pictures are taken by name and folders inside it are not; or
+            files.
+        encoder: a name, such as ``"timm:FOLDER"``, or any torch callable; see
+            [encoders][sparke.features.encoders].
+        image_size: side in pixels of the pictures that a callable gets.
+        batch_size: pictures encoded at once.
+        download: whether weights that are not on disk may be fetched.
+        device: where the encoder computes.
+        progress: called with the pictures done and all of them, after each batch.
+
+    Returns:
+        (n, d) rows, float32, on the CPU, in the order of the files' names.
+
+    Raises:
+        ArgumentError: no pictures; one that cannot be read, by its name; an encoder that cannot be
+            loaded, fails, or returns numbers that are not finite.
+        ShapeError: the encoder returned something else than one row for each picture.
+        MissingHost: Pillow, or a package that the encoder is from, is not installed.
+
+    Example:
+        ```python
+        import sparke.images
+
+        rows = sparke.images.image_features("pictures", "pixels")
+        print(sparke.metrics.vendi(rows))
+        ```
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ArgumentError(f"batch_size must be a whole number above 0, got {batch_size!r}.")
+    files = _pictures.files_of(source)
+    chosen = image_encoder(encoder, image_size=image_size, download=download, device=device)
+    rows: list[Tensor] = []
+    with ThreadPoolExecutor(READERS) as pool:
+        for first in range(0, len(files), batch_size):
+            part = files[first : first + batch_size]
+            rows.append(chosen(torch.stack(list(pool.map(lambda f: _prepared(f, chosen), part)))))
+            if rows[-1].shape[1] != rows[0].shape[1]:
+                raise ShapeError(
+                    f"the encoder {chosen.name!r} returned rows of width {rows[0].shape[1]} for "
+                    f"one batch and {rows[-1].shape[1]} for another; all must be alike."
+                )
+            if progress is not None:
+                progress(first + len(part), len(files))
+    return torch.cat(rows)
+
+
+def _prepared(file: Path, encoder: ImageEncoder) -> Tensor:
+    """(3, h, w), as the encoder wants it."""
+    picture = _pictures.opened(file)
+    if encoder.prepare is not None:
+        return encoder.prepare(picture)
+    if encoder.image_size is None:
+        raise ArgumentError(f"the encoder {encoder.name!r} has neither prepare nor image_size.")
+    pixels = _pictures.covering(picture, *encoder.image_size) / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _bar(pipeline: Any, total: int, *, shown: bool) -> Any:

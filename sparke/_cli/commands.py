@@ -12,6 +12,8 @@ from rich.console import Console
 
 import sparke
 from sparke._cli import demonstration, generation, listing
+from sparke._cli.evaluation.command import evaluate
+from sparke._cli.options import place
 from sparke._cli.sampling import Settings
 
 app = typer.Typer(
@@ -66,7 +68,7 @@ def start(
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), nl=False)
-        raise typer.Exit(2)
+        context.fail("A command is missing, such as sparke demo")
 
 
 @app.command()
@@ -80,7 +82,9 @@ def demo(
             show_default=False,
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the files go.")] = Path("demo"),
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", parser=place, help="Where the files go.")
+    ] = Path("demo"),
     n: Annotated[int, typer.Option("-n", min=1, max=64, help="Pictures to a prompt.")] = 16,
     cfg: Cfg = 6.0,
     steps: Steps = 25,
@@ -116,11 +120,14 @@ def generate(
         typer.Argument(metavar="PROMPT...", help="What to draw, e.g. 'woman health worker'."),
     ],
     n: Annotated[int, typer.Option("-n", min=1, max=10_000, help="Pictures to a prompt.")] = 16,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the pictures go.")] = Path("out"),
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", parser=place, help="Where the pictures go.")
+    ] = Path("out"),
     memory: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
+            parser=place,
             help="Keep away from what this file remembers, and add to it; made if not there.",
         ),
     ] = None,
@@ -168,6 +175,15 @@ def generate(
     )
 
 
+app.command("eval")(evaluate)
+
+
+@app.command("prompts")
+def list_prompts() -> None:
+    """List what the emoji model can draw: its prompts, and the words they are made of."""
+    listing.show_prompts(Console())
+
+
 @app.command()
 def scores() -> None:
     """List the scores: what each one counts as different, and where it is from."""
@@ -178,6 +194,18 @@ def scores() -> None:
 def guiders() -> None:
     """List the guiders: what each one does, where it is from, and which hooks it uses."""
     listing.show_guiders(Console())
+
+
+@app.command()
+def memories() -> None:
+    """List the memories: where finished samples are kept."""
+    listing.show_memories(Console())
+
+
+@app.command()
+def backends() -> None:
+    """List the backends: what kinds of samplers and pipelines can be wrapped."""
+    listing.show_backends(Console())
 
 
 def _few(prompts: list[str]) -> list[str]:
