@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pictures import ends_in_a_line
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
@@ -181,15 +182,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=6, help="pictures of each thing and region")
     options = parser.parse_args(arguments)
-    world = World()
-    show(
-        "The prompt does not name the region (guidance scale 3)",
-        compare(world, named=False, scale=3.0, rounds=options.rounds),
-    )
-    show(
-        "The prompt names the region (guidance scale 6)",
-        compare(world, named=True, scale=6.0, rounds=options.rounds),
-    )
+    with ends_in_a_line():
+        world = World()
+        show(
+            "The prompt does not name the region (guidance scale 3)",
+            compare(world, named=False, scale=3.0, rounds=options.rounds),
+        )
+        show(
+            "The prompt names the region (guidance scale 6)",
+            compare(world, named=True, scale=6.0, rounds=options.rounds),
+        )
 
 
 if __name__ == "__main__":

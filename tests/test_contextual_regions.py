@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from examples import contextual_regions
+from tests.example_scripts import example
+
+contextual_regions = example("contextual_regions")
 
 METHODS = (
     "unguided",
