@@ -9,13 +9,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from benchmarks._progress import shown
+
 Name = TypeVar("Name")
 
 
 def side_by_side(runs: Mapping[Name, Callable[[], object]], repeats: int) -> dict[Name, float]:
     """Least seconds of each of `runs`, taken in turns so that a busy machine delays all alike."""
     best: dict[Name, float] = {}
-    for _ in range(repeats + 1):
+    for _ in shown(range(repeats + 1), "timing"):
         for name, run in runs.items():
             start = time.perf_counter()
             run()

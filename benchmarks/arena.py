@@ -20,7 +20,6 @@ import argparse
 import time
 import warnings
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from statistics import mean
@@ -30,6 +29,7 @@ import torch
 
 from benchmarks import _arena_plot, _limits, _report
 from benchmarks._arena_methods import METHODS
+from benchmarks._progress import in_processes
 from benchmarks.bed import Bed
 from benchmarks.emoji_bed import EmojiBed
 from benchmarks.mixture_bed import MixtureBed
@@ -208,9 +208,7 @@ def main() -> None:
 
     start = time.perf_counter()
     todo = sorted(jobs(args.seeds, args.quick), key=lambda job: -job[3])
-    with ProcessPoolExecutor(args.jobs) as pool:
-        found = dict(zip(todo, pool.map(run, todo, chunksize=2), strict=True))
-    made = points(found)
+    made = points(in_processes(run, todo, args.jobs))
     for name in BEDS:
         for way in WAYS:
             _report.show(

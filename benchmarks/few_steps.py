@@ -9,7 +9,6 @@ the default and with schedule="few-step"; 16 prompts x 48 samples, means over se
 from __future__ import annotations
 
 import argparse
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from statistics import mean
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 
 import sparke
 from benchmarks import _report
+from benchmarks._progress import in_processes
 from benchmarks.bed import Figures
 from benchmarks.emoji_bed import EmojiBed
 from benchmarks.grid import KEYS
@@ -86,8 +86,7 @@ def main() -> None:
         for seed in range(args.seeds)
         if not (guider == "unguided" and way == "batches")  # the same samples
     ]
-    with ProcessPoolExecutor(args.jobs) as pool:
-        done = dict(zip(todo, pool.map(run, todo, chunksize=2), strict=True))
+    done = in_processes(run, todo, args.jobs)
     rows: list[dict[str, Any]] = []
     for scale, steps in cells:
         line: dict[str, Any] = {"scale inside": scale, "steps": steps}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from statistics import mean, stdev
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 
 import sparke
 from benchmarks import _report
+from benchmarks._progress import in_processes
 from benchmarks.bed import Figures
 from benchmarks.emoji_bed import PROMPTS, EmojiBed
 
@@ -79,8 +79,7 @@ def main() -> None:
     args = parser.parse_args()
 
     todo = jobs(args.seeds)
-    with ProcessPoolExecutor(args.jobs) as pool:
-        done = dict(zip(todo, pool.map(run, todo, chunksize=4), strict=True))
+    done = in_processes(run, todo, args.jobs, chunksize=4)
     rows = []
     for way in ("sequential", "batches"):
         for cfg, steps in sorted({(j[2], j[3]) for j in todo}, key=lambda c: (-c[1], c[0])):

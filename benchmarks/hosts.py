@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from statistics import mean, stdev
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 
 import sparke
 from benchmarks import _report
+from benchmarks._progress import in_processes
 from benchmarks.bed import Figures
 from benchmarks.emoji_bed import EmojiBed, PipelineBed
 from benchmarks.grid import KEYS, SAMPLES
@@ -91,8 +91,7 @@ def main() -> None:
         for cfg, steps in CELLS
         for seed in range(args.seeds)
     ]
-    with ProcessPoolExecutor(args.jobs) as pool:
-        done = dict(zip(todo, pool.map(run, todo, chunksize=2), strict=True))
+    done = in_processes(run, todo, args.jobs)
     rows = [row(host, way, cell, done) for way in WAYS for host in PEERS for cell in CELLS]
     for way in WAYS:
         _report.show(f"{way}, {args.seeds} seeds", [r for r in rows if r["way"] == way])

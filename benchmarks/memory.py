@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import _report
+from benchmarks._progress import shown
 from sparke import Features
 from sparke.memory import DiskMemory, RingMemory
 from sparke.protocols import Memory
@@ -90,7 +91,7 @@ def fill(memory: Memory, n: int, width: int, batch: int) -> tuple[Tensor, float]
     query = torch.randn(1, COND_WIDTH, generator=generator)
     block = torch.randn(min(n, batch), width, generator=generator).half()
     seconds = 0.0
-    for low in range(0, n, batch):
+    for low in shown(range(0, n, batch), "filling"):
         rows = min(batch, n - low)
         cond = prompts(rows, generator, query)
         start = time.perf_counter()

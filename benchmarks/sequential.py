@@ -14,6 +14,7 @@ import torch
 
 import sparke
 from benchmarks import _report
+from benchmarks._progress import shown
 from benchmarks.emoji_bed import EmojiBed
 
 
@@ -48,7 +49,7 @@ def main() -> None:
         start = time.perf_counter()
         made = [
             bed.run(guider, x[None], [prompt], args.cfg, args.steps)
-            for x, prompt in zip(noise, prompts, strict=True)
+            for x, prompt in shown(zip(noise, prompts, strict=True), name, len(prompts))
         ]
         figures = bed.judged(torch.cat(made), prompts)
         rows.append(
