@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparke import checks
 from sparke.backends import _images, _pictures
 from sparke.errors import ArgumentError, ShapeError
 from sparke.features.encoders import ImageEncoder, image_encoder
@@ -87,8 +88,7 @@ def reference_images(
     """
     if pipeline is None and encode is None:
         raise ArgumentError("pipeline or encode must be given; got neither.")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ArgumentError(f"batch_size must be a whole number above 0, got {batch_size!r}.")
+    checks.whole("batch_size", batch_size)
     if encode is None:
         _images.check_vae(pipeline)
     _images.check_options(pipeline, encode_options)
@@ -156,8 +156,7 @@ def image_features(
         print(sparke.metrics.vendi(rows))
         ```
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ArgumentError(f"batch_size must be a whole number above 0, got {batch_size!r}.")
+    checks.whole("batch_size", batch_size)
     files = _pictures.files_of(source)
     chosen = image_encoder(encoder, image_size=image_size, download=download, device=device)
     rows: list[Tensor] = []

@@ -78,7 +78,7 @@ def read(given: Mapping[str, Any], *, exact: bool) -> Asked | None:
         return None
     _refuse(given)
     if "max_bank_size" in given:
-        _whole("max_bank_size", given["max_bank_size"])
+        checks.whole("max_bank_size", given["max_bank_size"])
     sampler = given.get("rke_guided_sampler")
     if sampler is not None and not isinstance(sampler, RKEGuidedSampling):
         raise ArgumentError(
@@ -91,7 +91,7 @@ def read(given: Mapping[str, Any], *, exact: bool) -> Asked | None:
         checks.choice("kernel", given.get("kernel", KERNELS[0]), KERNELS),
         exact or any(name in given for name in STRENGTHS),
         SCALE if scale is None else float(scale),
-        _whole("guidance_freq", given.get("guidance_freq", EVERY)),
+        checks.whole("guidance_freq", given.get("guidance_freq", EVERY)),
         checks.positive("sigma_image", given.get("sigma_image", SIGMA_IMAGE)),
         checks.positive("sigma_text", given.get("sigma_text", SIGMA_TEXT)),
         _encoder(given),
@@ -125,12 +125,6 @@ def unknown(names: Iterable[str], taken: Iterable[str], pipeline: str) -> None:
 
 def _named(given: Mapping[str, Any]) -> tuple[str, Any]:
     return "criteria_guidance_scale", given["criteria_guidance_scale"]
-
-
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArgumentError(f"{name} must be a whole number above 0, got {value!r}.")
-    return value
 
 
 def _encoder(given: Mapping[str, Any]) -> Any:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparke import checks
 from sparke.errors import ArgumentError
 from sparke.features import _encoder_own_code, _encoder_timm, _encoder_transformers
 from sparke.features._encoder import ImageEncoder, rows_from
@@ -79,10 +80,8 @@ def image_encoder(
     """
     if isinstance(encoder, ImageEncoder):
         return encoder
-    if image_size is not None and (
-        isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1
-    ):
-        raise ArgumentError(f"image_size must be a whole number above 0, got {image_size!r}.")
+    if image_size is not None:
+        checks.whole("image_size", image_size)
     if not isinstance(encoder, str):
         if not callable(encoder):
             raise ArgumentError(f"encoder must be a name or a callable, got {encoder!r}.")
